@@ -1,0 +1,95 @@
+"""A run's state in and out of a checkpoint directory, shard by shard, through torch.distributed.checkpoint.
+
+Every rank writes its own shards; another layout reads the slices that it needs. All that goes through DCP are
+tensors, under `model.<parameter>`, `optim.<parameter>.<state>` and `rng.<rank>.<device>`; the rest is state.json.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from tp_trainer.checkpoint.store import Found, Store
+
+
+class Checkpoints:
+    """Saves and restores one model and its optimizer. Every method is called by all ranks together."""
+
+    def __init__(self, run_dir: str, keep_last: int, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.store = Store(run_dir)
+        self.keep_last = keep_last
+        self.model, self.optimizer, self.device = model, optimizer, device
+
+    def save(self, step: int, state: dict[str, Any]) -> str:
+        """Write everything; the checkpoint counts once the manifest is there. Returns its path."""
+        if dist.get_rank() == 0:
+            self.store.begin(step)
+        dist.barrier()
+        path = f"{self.store.run_dir}/step_{step:08d}"
+        dcp.save(self._tensors(with_rng=True), storage_writer=_writer(path))
+        if dist.get_rank() == 0:
+            self.store.commit(step, {**state, "world": dist.get_world_size(), "device": self.device.type})
+            self.store.keep_last(self.keep_last)
+        dist.barrier()
+        return path
+
+    def restore(self, found: Found) -> dict[str, Any]:
+        """Load into the model and the optimizer, in any layout. Returns the checkpoint's state.json.
+
+        Random number generators are restored where world size and device are the checkpoint's own.
+        """
+        _create_optimizer_state(self.optimizer)
+        same = found.state.get("world") == dist.get_world_size() and found.state.get("device") == self.device.type
+        tensors = self._tensors(with_rng=same)
+        dcp.load(tensors, storage_reader=_reader(found.path))
+        if same:
+            rank = dist.get_rank()
+            torch.set_rng_state(tensors[f"rng.{rank}.cpu"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(tensors[f"rng.{rank}.cuda"], self.device)
+        return found.state
+
+    def _tensors(self, with_rng: bool) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optim.{name}.{key}"] = value
+        if with_rng:
+            tensors[f"rng.{dist.get_rank()}.cpu"] = torch.get_rng_state()
+            if self.device.type == "cuda":
+                tensors[f"rng.{dist.get_rank()}.cuda"] = torch.cuda.get_rng_state(self.device)
+        return tensors
+
+
+def _create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer has no state before its first step: take one with zero gradients and lr 0, which changes nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+
+
+def _writer(path: str) -> dcp.StorageWriter:
+    if "://" in path:
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+        return FsspecWriter(path)
+    return dcp.FileSystemWriter(path)
+
+
+def _reader(path: str) -> dcp.StorageReader:
+    if "://" in path:
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+        return FsspecReader(path)
+    return dcp.FileSystemReader(path)

@@ -1,0 +1,410 @@
+"""Config -> Ray Train's TorchTrainer: capacity, start, live view, summary. It knows Ray, but no torch."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tp_trainer
+from tp_trainer.checkpoint.store import Found, Store, at, launch_file
+from tp_trainer.config import Config, ConfigError, architecture, check_global_batch, plain, to_yaml
+from tp_trainer.data.sources import absolute, check_source
+from tp_trainer.data.tokens import choose_tokenizer
+from tp_trainer.tracker import check_tracker
+from tp_trainer.view import View, summary_lines
+
+POLL_SECONDS = 0.2
+
+
+class RunFailed(RuntimeError):
+    """The run began and didn't end well. One line."""
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run the training that `config` describes to its end. Returns the contents of summary.json.
+
+    Raises:
+        ConfigError: refused before the first step.
+        RunFailed: the workers failed more often than `cluster.max_failures`.
+        KeyboardInterrupt, SystemExit(143): stopped by Ctrl-C or SIGTERM.
+    """
+    began = time.time()
+    config, tokenizer, notice, store = prepare(config)
+    view = View()
+    if (finished := _finished(config, store)) is not None:
+        print(f"{config.experiment_name}: this run has finished; nothing to do (train longer with train.max_steps or train.num_epochs)")
+        print(summary_lines(finished), flush=True)
+        return finished
+    if notice:
+        view.update({"event": notice})
+    if config.checkpoint.resume == "never":
+        _set_aside(config, store, view)
+    launch = uuid.uuid4().hex[:12]
+    with _ray(config):
+        _check_capacity(config)
+        store.write_text("config.yaml", to_yaml(config))
+        store.write_text(launch_file(launch), "")
+        try:
+            summary = _fit(config, tokenizer, launch, began, store, view)
+        finally:
+            view.close()
+            store.remove(launch_file(launch))
+    print(summary_lines(summary), flush=True)
+    return summary
+
+
+# --------------------------------------------------------------------------------------------------- before Ray starts
+
+
+def prepare(config: Config) -> tuple[Config, str, str | None, Store]:
+    """Everything that can be checked and settled without a cluster, in this order; `config` is completed in place.
+
+    Returns the config, the tokenizer, a sentence for the user about it or None, and the store of the run's directory.
+    """
+    absolute(config.data)
+    check_source(config.data)
+    check_tracker(config)
+    tokenizer, notice = choose_tokenizer(config.data, config.model, architecture(config).vocab_size)
+    config.data.tokenizer = None if tokenizer == "none" else tokenizer
+    _check_device(config)
+    store = _open_store(config)
+    _settle_global_batch(config, store)
+    return config, tokenizer, notice, store
+
+
+def _check_device(config: Config) -> None:
+    """On this machine: GPUs enough for the mesh, or none and memory enough for CPU. `cluster.device` becomes what is used."""
+    if config.cluster.kind != "local" or _inside_ray_job():
+        return  # known once connected
+    world, gpus, asked = config.parallelism.world_size, gpus_here(), config.cluster.device
+    if asked == "gpu" and not gpus:
+        raise ConfigError("cluster.device", "gpu", "this machine has no GPU; give cluster.device=cpu, or cluster=ray for a cluster that has")
+    if asked != "cpu" and 0 < gpus < world:
+        raise ConfigError("parallelism", config.parallelism.layout,
+                          f"needs {world} GPUs, this machine has {gpus}; give a layout with tp x dp <= {gpus}, or cluster.device=cpu")
+    config.cluster.device = "gpu" if gpus and asked != "cpu" else "cpu"
+    if config.cluster.device == "cpu":
+        needed, free = 16 * architecture(config).num_parameters, _free_memory()
+        if free is not None and needed > free:
+            raise ConfigError("model.name", config.model.name,
+                              f"training on CPU needs about {needed / 2**30:.0f} GiB (16 bytes a parameter), {free / 2**30:.0f} GiB are free; "
+                              "give a smaller model, or a machine with GPUs")
+
+
+def gpus_here() -> int:
+    """The NVIDIA GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([each for each in visible.split(",") if each.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines()) if listing.returncode == 0 else 0
+
+
+def _free_memory() -> int | None:
+    """Bytes that could still be allocated here, swap left out; None where the system doesn't say."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _open_store(config: Config) -> Store:
+    """The run's directory, made and seen to be writable."""
+    store = Store(config.run_dir)
+    probe = f".writable-{uuid.uuid4().hex[:8]}"
+    try:
+        store.write_text(probe, "")
+        store.remove(probe)
+    except Exception as error:  # every file system has its own
+        raise ConfigError("checkpoint.storage_path", config.checkpoint.storage_path, f"not writable ({error})") from error
+    return store
+
+
+def _settle_global_batch(config: Config, store: Store) -> None:
+    """The global batch is fixed at a run's first start: a resume takes it from the checkpoint, in whatever layout."""
+    parallelism, train = config.parallelism, config.train
+    found: Found | str | None = None
+    if config.checkpoint.resume == "auto":
+        found = store.newest()[0]
+    elif config.checkpoint.resume != "never":
+        found = at(config.checkpoint.resume)
+        if isinstance(found, str):
+            raise ConfigError("checkpoint.resume", config.checkpoint.resume, f"{found}; give auto, never or a checkpoint's directory")
+        newest = store.newest()[0]
+        if newest is not None and newest.step > found.step:
+            raise ConfigError("checkpoint.resume", config.checkpoint.resume,
+                              f"{config.experiment_name} has gone on to step {newest.step}; give another experiment_name to branch off")
+    if isinstance(found, Found):
+        stored = int(found.state["global_batch_size"])
+        if train.global_batch_size not in (None, stored):
+            raise ConfigError("train.global_batch_size", train.global_batch_size,
+                              f"this run was started with {stored}; leave it out, or give another experiment_name")
+        train.global_batch_size = stored
+    elif train.global_batch_size is None:
+        train.global_batch_size = train.micro_batch_size * parallelism.dp
+    check_global_batch(train.global_batch_size, train.micro_batch_size, parallelism.dp)
+
+
+def _finished(config: Config, store: Store) -> dict[str, Any] | None:
+    """The summary of this run where it has finished and no more is asked than was asked then."""
+    summary = store.read_json("summary.json") if config.checkpoint.resume == "auto" else None
+    lengths = ("num_epochs", "max_steps_per_epoch", "max_steps")
+    asked = {name: getattr(config.train, name) for name in lengths}
+    if summary and summary.get("status") == "finished" and summary.get("run_length") == asked:
+        return dict(summary)
+    return None
+
+
+def _set_aside(config: Config, store: Store, view: View) -> None:
+    """checkpoint.resume=never with a run of that name: what it wrote is kept under another name."""
+    if not store.step_names():
+        return
+    if "://" in store.run_dir:
+        raise ConfigError("checkpoint.resume", "never", f"{store.run_dir} holds checkpoints; give another experiment_name")
+    kept = f"{store.run_dir}.before-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    os.rename(store.run_dir, kept)
+    view.update({"event": f"checkpoint.resume=never: the run that was there is kept as {kept}"})
+
+
+# ---------------------------------------------------------------------------------------------------------------- Ray
+
+
+def _inside_ray_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextmanager
+def _ray(config: Config) -> Iterator[None]:
+    """A Ray to run on: this machine's own (kept for the next job of a sweep), a running cluster, or this Ray job's."""
+    # Train's controller polls workers this often, and every report waits for a poll
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about what we don't rely on
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    cluster, needed = config.cluster, config.parallelism.world_size * config.cluster.cpus_per_worker
+    if ray.is_initialized() and _owns_ray and ray.cluster_resources().get("CPU", 0) < needed:
+        ray.shutdown()  # a sweep's earlier jobs were smaller
+    if not ray.is_initialized():
+        if cluster.kind == "local" and not _inside_ray_job():
+            cores = max(os.cpu_count() or 1, int(-(-needed // 1)))
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)
+            _owns_ray.append(True)
+        else:
+            package = str(Path(tp_trainer.__file__).parent)
+            runtime = {} if _inside_ray_job() else {"runtime_env": {"py_modules": [package]}}
+            try:
+                ray.init(address=cluster.address or "auto", **runtime, **options)
+            except ConnectionError as error:
+                raise ConfigError("cluster.address", cluster.address or "auto",
+                                  f"no Ray cluster answers there ({str(error).splitlines()[0]})") from error
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        ray.shutdown()  # takes the workers with it
+        raise
+
+
+_owns_ray: list[bool] = []  # whether this process started the Ray that it uses
+
+
+def _check_capacity(config: Config) -> None:
+    """Refuse what Ray would wait for without end: more workers than the cluster has CPUs or GPUs."""
+    import ray
+
+    have, world = ray.cluster_resources(), config.parallelism.world_size
+    gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 0)
+    if config.cluster.device == "gpu" and gpus == 0:
+        raise ConfigError("cluster.device", "gpu", "the cluster has no GPU; give cluster.device=cpu")
+    if config.cluster.device != "cpu" and 0 < gpus < world:
+        raise ConfigError("parallelism", config.parallelism.layout, f"needs {world} GPUs, the cluster has {gpus}")
+    config.cluster.device = "gpu" if gpus and config.cluster.device != "cpu" else "cpu"
+    if cpus < world * config.cluster.cpus_per_worker:
+        raise ConfigError("parallelism", config.parallelism.layout,
+                          f"needs {world} workers with {config.cluster.cpus_per_worker:g} CPUs each, the cluster has {cpus:g} CPUs")
+
+
+class Progress:
+    """The actor between rank 0, which pushes without waiting, and the driver, which polls."""
+
+    def __init__(self) -> None:
+        self.items: list[dict[str, Any]] = []
+
+    def push(self, item: dict[str, Any]) -> None:
+        self.items.append(item)
+
+    def drain(self) -> list[dict[str, Any]]:
+        items, self.items = self.items, []
+        return items
+
+
+def _worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on each worker. Refusals are returned: a raised error would be tried again."""
+    os.environ.update(settings["environment"])  # before torch is imported
+    from tp_trainer.worker import run
+
+    try:
+        return run(settings)
+    except ConfigError as error:
+        return {"refused": (error.key, error.value, error.message)}
+
+
+def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store, view: View) -> dict[str, Any]:
+    """Start the workers, show what they say, wait for their end, write summary.json."""
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    gpu, cluster = config.cluster.device == "gpu", config.cluster
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    progress = ray.remote(num_cpus=0)(Progress).options(scheduling_strategy=here).remote()
+    environment = {key: os.environ[key] for key in ("HF_TOKEN", "HF_HUB_OFFLINE") if key in os.environ} | cluster.env
+    values = plain(config)
+    values["cluster"]["env"] = {}  # its values travel apart, to no log
+    # Ray would take up what it remembers of this name; the storage itself says what there is
+    store.remove("checkpoint_manager_snapshot.json")
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": values, "environment": environment, "launch": launch, "tokenizer": tokenizer, "progress": progress,
+        },
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.parallelism.world_size, use_gpu=gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            accelerator_type=cluster.accelerator_type, placement_strategy="PACK",
+        ),
+        run_config=RunConfig(
+            name=config.experiment_name, storage_path=config.checkpoint.storage_path,
+            failure_config=FailureConfig(max_failures=cluster.max_failures), checkpoint_config=CheckpointConfig(num_to_keep=None),
+        ),
+    )  # fmt: skip
+    followed = _Followed(config, view)
+    error, result = _wait(trainer, progress, followed)
+    summary: dict[str, Any] = {
+        "status": "failed" if error else "finished", "steps": followed.step, "tokens": followed.row.get("tokens", 0),
+        "loss": followed.row.get("loss"), "validation_loss": followed.validation_loss, "unigram_loss": None,
+        "wall_seconds": time.time() - began, "startup_seconds": (followed.begun or time.time()) - began, "tokens_per_second": None,
+        "restarts": max(0, followed.starts - 1), "resumed_from": None, "skipped_checkpoints": [], "checkpoint": None,
+        "world": config.parallelism.world_size, "mesh": {"dp": config.parallelism.dp, "tp": config.parallelism.tp},
+    }  # fmt: skip
+    if config.parallelism.dp_replicate > 1:
+        summary["mesh"]["dp_replicate"] = config.parallelism.dp_replicate
+    if result is not None:
+        if "refused" in result:
+            raise ConfigError(*result["refused"])
+        summary |= result
+    summary |= {
+        "run_dir": config.run_dir, "device": cluster.device, "random_data": config.data.source == "random", "tracker": config.tracker.kind,
+        "run_length": {name: getattr(config.train, name) for name in ("num_epochs", "max_steps_per_epoch", "max_steps")},
+    }  # fmt: skip
+    store.write_json("summary.json", summary)
+    if error is not None:
+        raise RunFailed(_failure(error, store))
+    return summary
+
+
+class _Followed:
+    """What the driver has seen of the run."""
+
+    def __init__(self, config: Config, view: View) -> None:
+        self.config, self.view = config, view
+        self.starts, self.step = 0, 0
+        self.row: dict[str, Any] = {}
+        self.validation_loss: float | None = None
+        self.begun: float | None = None
+
+    def take(self, item: dict[str, Any]) -> None:
+        if "begin" in item:
+            self.starts += 1
+            self.begun = self.begun or time.time()
+            self.view.start(item["begin"], self.config, self.config.parallelism.world_size, item["device"])
+            if self.starts > 1:
+                self.view.update({"event": f"workers restarted: going on from step {item['step']}"})
+            elif item["step"]:
+                self.view.update({"event": f"resumed from step {item['step']}"})
+            return
+        self.step = item.get("step", self.step)
+        self.validation_loss = item.get("validation_loss", self.validation_loss)
+        if "loss" in item:
+            self.row = item
+        self.view.update(item)
+
+
+def _wait(trainer: Any, progress: Any, followed: _Followed) -> tuple[Exception | None, dict[str, Any] | None]:
+    """`fit()` in a thread, so that the main one draws and hears signals. Returns the error, or rank 0's return value."""
+    import ray
+
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["result"] = trainer.fit().return_value
+        except BaseException as error:
+            outcome["error"] = error
+
+    def drain() -> None:
+        try:
+            for item in ray.get(progress.drain.remote(), timeout=10):
+                followed.take(item)
+        except ray.exceptions.RayError:
+            pass  # the view may lag; fit() says how the run ends
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    with _sigterm_exits():
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            drain()
+    drain()
+    return outcome.get("error"), outcome.get("result")
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM raises SystemExit(143) in the main thread (signals can be caught nowhere else)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: object) -> None:
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _failure(error: Exception, store: Store) -> str:
+    """One line about why the workers failed; the traces go to failure.txt in the run's directory."""
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    traces = "\n\n".join(f"rank {rank}:\n{each}" for rank, each in sorted(failures.items())) or str(error)
+    store.write_text("failure.txt", traces + "\n")
+    rank, first = next(iter(sorted(failures.items())), (None, error))
+    line = (str(first).strip().splitlines() or [type(first).__name__])[-1]
+    return f"{f'rank {rank}: ' if rank is not None else ''}{line} (all of it in {store.run_dir}/failure.txt)"
+
+
+__all__ = ["RunFailed", "gpus_here", "prepare", "train"]

@@ -1,0 +1,137 @@
+"""The training loop: step, accumulate, clip, log, evaluate, save. It knows neither Ray nor Hydra nor files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tp_trainer.config import Config, architecture
+from tp_trainer.data import IGNORE_INDEX, Cursor, DataStream
+from tp_trainer.metrics import flops_per_token, peak_flops, peak_memory_gib
+from tp_trainer.models.build import ParallelModel
+from tp_trainer.optim import learning_rate, set_learning_rate
+from tp_trainer.parallel.gradients import clip, global_norm, sum_over_tp
+from tp_trainer.parallel.mesh import Mesh
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Position:
+    """How far a run has come: what a resume needs besides the tensors."""
+
+    step: int = 0  # optimizer steps done
+    cursor: Cursor = field(default_factory=Cursor)
+    tokens: int = 0  # label tokens trained on
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop asks of the outside. Every rank calls every hook, in the same order."""
+
+    log: Callable[[dict[str, Any]], None]  # a row of metrics.jsonl
+    stepped: Callable[[int], None]  # a step is done
+    save: Callable[[Position, float | None], None]  # write a checkpoint; the last validation loss
+
+
+@dataclass
+class Outcome:
+    loss: float | None
+    validation_loss: float | None
+    position: Position
+    training_seconds: float
+    tokens_trained: int  # by this start of the program
+
+
+def train(
+    config: Config, model: ParallelModel, optimizer: torch.optim.Optimizer, data: DataStream, mesh: Mesh, start: Position, hooks: Hooks
+) -> Outcome:
+    """Train from `start` to the end of the run. The first and the last step are logged, the last is evaluated and saved."""
+    train, total = config.train, data.total_steps(config.train)
+    flops, peak = flops_per_token(architecture(config), config.data.seq_length or 0), peak_flops(mesh.device)
+    position, loss_value, validation_loss, saved = start, None, None, start.step
+    began = marked = time.perf_counter()
+    marked_step, marked_tokens = position.step, position.tokens
+    for step in range(start.step + 1, total + 1):
+        batches, cursor = data.step(position.cursor)
+        lr = learning_rate(config.optim, step - 1, total)
+        set_learning_rate(optimizer, lr)
+        loss, norm = train_step(model, optimizer, batches, mesh, train.clip_grad_norm)
+        position = Position(step, cursor, position.tokens + global_tokens(config, data))
+        hooks.stepped(step)
+        last = step == total
+        if step % train.log_interval == 0 or step == start.step + 1 or last:
+            loss_value = loss.item()  # waits for the device
+            now = time.perf_counter()
+            seconds, tokens = now - marked, position.tokens - marked_tokens
+            rate = tokens / seconds
+            hooks.log({
+                "step": step, "epoch": cursor.epoch, "tokens": position.tokens, "loss": loss_value, "grad_norm": norm.item(), "lr": lr,
+                "tokens_per_second": rate, "tokens_per_second_per_worker": rate / config.parallelism.world_size,
+                "mfu": rate * flops / config.parallelism.world_size / peak if peak else None,
+                "memory_gib": peak_memory_gib(mesh.device), "step_seconds": seconds / (step - marked_step),
+            })  # fmt: skip
+            marked, marked_step, marked_tokens = now, step, position.tokens
+        paused = time.perf_counter()
+        if last or (train.eval_interval and step % train.eval_interval == 0):
+            validation_loss = evaluate(model, data.evaluation(), mesh)
+            hooks.log({"step": step, "validation_loss": validation_loss})
+        if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
+            hooks.save(position, validation_loss)
+            saved = step
+        marked += time.perf_counter() - paused  # evaluating and saving is not training
+    if saved != position.step or validation_loss is None:  # a resume at or past the end
+        validation_loss = evaluate(model, data.evaluation(), mesh)
+    return Outcome(loss_value, validation_loss, position, time.perf_counter() - began, position.tokens - start.tokens)
+
+
+def global_tokens(config: Config, data: DataStream) -> int:
+    """Tokens of one global batch: rows are packed, every position counts."""
+    return data.order.global_batch_size * (config.data.seq_length or 0)
+
+
+def train_step(
+    model: ParallelModel, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: Mesh, clip_grad_norm: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over this rank's micro-batches.
+
+    The loss is the mean over all label tokens of the global batch, however they lie on ranks and micro-batches: FSDP
+    averages over dp, so each part is scaled by dp / global tokens before its backward pass.
+
+    Returns:
+        (loss, global gradient norm before clipping), float32 scalars on the device, the same on all ranks.
+    """
+    count = torch.tensor(float(sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batches)), device=mesh.device)
+    dist.all_reduce(count, group=mesh.dp_group)
+    total = torch.zeros((), device=mesh.device)
+    for batch in batches:
+        loss = model.module(batch["input_ids"].to(mesh.device), batch["labels"].to(mesh.device)) / count
+        (loss * mesh.dp_size).backward()
+        total += loss.detach()
+    dist.all_reduce(total, group=mesh.dp_group)
+    sum_over_tp(model.summed_over_tp, mesh)
+    parameters = model.parameters
+    norm = global_norm(parameters, mesh)
+    if clip_grad_norm is not None:
+        clip(parameters, norm, clip_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+@torch.no_grad()
+def evaluate(model: ParallelModel, batches: Iterator[Batch], mesh: Mesh) -> float:
+    """The mean loss per label token over the validation rows of all ranks."""
+    model.module.eval()
+    sums = torch.zeros(2, dtype=torch.float64 if mesh.device.type == "cpu" else torch.float32, device=mesh.device)
+    for batch in batches:
+        sums[0] += model.module(batch["input_ids"].to(mesh.device), batch["labels"].to(mesh.device))
+        sums[1] += (batch["labels"] != IGNORE_INDEX).sum()
+    dist.all_reduce(sums, group=mesh.dp_group)
+    model.module.train()
+    return (sums[0] / sums[1]).item()

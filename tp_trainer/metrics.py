@@ -1,0 +1,49 @@
+"""FLOPs, MFU and memory: each formula once, with its source."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from tp_trainer.config import Architecture
+
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,  # FLOP/s, NVIDIA H100 datasheet, PCIe, dense bf16
+    "H100": 989e12,  # FLOP/s, NVIDIA H100 datasheet, SXM, dense bf16
+    "H200": 989e12,  # FLOP/s, NVIDIA H200 datasheet, dense bf16
+    "B200": 2250e12,  # FLOP/s, NVIDIA HGX B200 datasheet, dense bf16
+    "A100": 312e12,  # FLOP/s, NVIDIA A100 datasheet, dense bf16
+    "L40S": 362e12,  # FLOP/s, NVIDIA L40S datasheet, dense bf16
+    "A10G": 70e12,  # FLOP/s, NVIDIA A10G datasheet, dense bf16
+    "L4": 121e12,  # FLOP/s, NVIDIA L4 datasheet, dense bf16
+}
+
+
+def flops_per_token(architecture: Architecture, seq_length: int) -> float:
+    """FLOPs of forward and backward pass for one token, recomputation not counted.
+
+    6 per parameter outside the embedding table (Kaplan et al. 2020, arXiv:2001.08361) and 12 L H S for attention,
+    causality not subtracted (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B; as torchtitan counts).
+    """
+    a = architecture
+    tables = 0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size  # the head multiplies, the embedding looks up
+    attention = 12 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * seq_length
+    return 6 * (a.num_parameters - tables) + attention
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of the device by its datasheet, dense bf16, or None where it isn't known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name.replace("-", " ")), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """GiB: the most that the allocator has reserved on a GPU, or the most that this process has held on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

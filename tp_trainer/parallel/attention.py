@@ -1,0 +1,62 @@
+"""The attention that the models call, through transformers' own AttentionInterface.
+
+A function registered without a mask function gets no mask from transformers: causality and sliding windows are
+formed here, from the whole sequence, whatever the sequence-parallel layout of the residual stream outside.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+NAME = "tp_trainer"
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention over this rank's heads.
+
+    Args:
+        query: [batch, heads / tp, seq, head_dim]
+        key, value: [batch, kv_heads / tp, seq, head_dim]
+        attention_mask: must be None; nothing in training makes one.
+        sliding_window: tokens that a position sees, itself included; None = all before it.
+
+    Returns:
+        [batch, seq, heads / tp, head_dim], and None for the weights.
+    """
+    assert attention_mask is None, "training rows are packed: no padding mask"
+    if kwargs.get("softcap") is not None:
+        raise ValueError("attention logit soft-capping is not supported")
+    length = query.shape[2]
+    window = sliding_window if sliding_window is not None and sliding_window < length else None
+    out = F.scaled_dot_product_attention(
+        query, key, value,
+        attn_mask=None if window is None else _band(length, window, query.device),
+        is_causal=window is None,
+        dropout_p=dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
+
+
+@lru_cache(maxsize=2)
+def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool [length, length]: position i sees i - window < j <= i."""
+    i = torch.arange(length, device=device)
+    return (i[None, :] <= i[:, None]) & (i[None, :] > i[:, None] - window)
+
+
+AttentionInterface.register(NAME, attention)

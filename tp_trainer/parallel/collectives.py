@@ -1,0 +1,99 @@
+"""The four tensor-parallel collectives with their gradients, on plain local tensors.
+
+Megatron-LM's f and g (Shoeybi et al. 2019, arXiv:1909.08053) and their sequence-parallel forms (Korthikanti et al.
+2022, arXiv:2205.05198). They call the functional collectives and wait at once, so that no lazily awaited tensor
+enters a compiled block, where its gradient is silently lost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_ops = torch.ops._c10d_functional
+
+
+def _all_reduce(x: torch.Tensor, group: str, op: str = "sum") -> torch.Tensor:
+    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, group))
+
+
+def _all_gather(x: torch.Tensor, group: str, size: int, dim: int) -> torch.Tensor:
+    gathered = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), size, group))  # [size * x.shape[0], ...]
+    return gathered if dim == 0 else torch.cat(gathered.chunk(size), dim=dim)
+
+
+def _reduce_scatter(x: torch.Tensor, group: str, size: int, dim: int) -> torch.Tensor:
+    stacked = x if dim == 0 else torch.cat(x.chunk(size, dim=dim))
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(stacked.contiguous(), "sum", size, group))
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str, size: int, dim: int) -> torch.Tensor:
+        ctx.group, ctx.size, ctx.dim = group, size, dim
+        return _all_gather(x, group, size, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _reduce_scatter(grad, ctx.group, ctx.size, ctx.dim), None, None, None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str, size: int, dim: int) -> torch.Tensor:
+        ctx.group, ctx.size, ctx.dim = group, size, dim
+        return _reduce_scatter(x, group, size, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _all_gather(grad, ctx.group, ctx.size, ctx.dim), None, None, None
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_reduce(grad, ctx.group), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class TensorRegion:
+    """The way into and out of the part of a block whose weights are split over tp.
+
+    Between blocks the residual stream is [batch, seq / tp, hidden] with sequence parallelism and [batch, seq, hidden],
+    the same on every rank of the TP group, without; inside it is [batch, seq, hidden] either way.
+    """
+
+    def __init__(self, group: str, size: int, rank: int, sequence_parallel: bool) -> None:
+        self.group, self.size, self.rank = group, size, rank
+        self.sequence_parallel = sequence_parallel and size > 1
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Residual stream -> whole sequence. Its gradient is summed over tp on the way back."""
+        if self.size == 1:
+            return x
+        return _GatherSequence.apply(x, self.group, self.size, 1) if self.sequence_parallel else _Enter.apply(x, self.group)
+
+    def leave(self, partial: torch.Tensor) -> torch.Tensor:
+        """Partial sums over the whole sequence -> residual stream."""
+        if self.size == 1:
+            return partial
+        return _ScatterSequence.apply(partial, self.group, self.size, 1) if self.sequence_parallel else _Leave.apply(partial, self.group)
+
+    def all_reduce(self, x: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """All-reduce outside autograd."""
+        return x if self.size == 1 else _all_reduce(x, self.group, op)

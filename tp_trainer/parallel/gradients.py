@@ -1,0 +1,67 @@
+"""What the step does with gradients once the backward pass is through: sums over tp, the global norm, clipping.
+
+A parameter split over tp is a DTensor on (dp, tp), one that is replicated over tp a DTensor on (dp) alone. The local
+shards of all of them together are everything that this rank holds, and all that is done here is done on those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from tp_trainer.parallel.mesh import Mesh
+
+
+def is_split_over_tp(parameter: torch.Tensor) -> bool:
+    return isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ())
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    """This rank's shards of the gradients (DTensor or plain), those that are empty here left out."""
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    return [g for g in grads if g.numel()]
+
+
+def sum_over_tp(parameters: Sequence[nn.Parameter], mesh: Mesh) -> None:
+    """Add up, in place and in one all-reduce, gradients of which each rank of the TP group holds a part of the sum."""
+    grads = local_gradients(parameters)
+    if mesh.tp_size == 1 or not grads:
+        return
+    bucket = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(bucket, group=mesh.tp.get_group())
+    for grad, summed in zip(grads, bucket.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(summed.view_as(grad))
+
+
+def global_norm(parameters: Sequence[nn.Parameter], mesh: Mesh) -> torch.Tensor:
+    """The 2-norm of the whole gradient, float32 scalar, the same on all ranks.
+
+    Shards of split parameters add up over dp and tp; those of replicated ones over dp alone.
+    """
+    names = mesh.full.mesh_dim_names or ()
+    squares = torch.stack([_square(parameters, True, mesh.device), _square(parameters, False, mesh.device)])
+    if mesh.full["dp"].size() > 1:
+        dist.all_reduce(squares, group=mesh.full["dp"].get_group())
+    if mesh.tp_size > 1:
+        split = squares[0].clone()
+        dist.all_reduce(split, group=mesh.tp.get_group())
+        squares[0] = split
+    assert set(names) <= {"dp_replicate", "dp", "tp"}
+    return squares.sum().sqrt()
+
+
+def _square(parameters: Sequence[nn.Parameter], split: bool, device: torch.device) -> torch.Tensor:
+    grads = local_gradients(p for p in parameters if is_split_over_tp(p) is split)
+    if not grads:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)).square().sum()
+
+
+def clip(parameters: Sequence[nn.Parameter], norm: torch.Tensor, limit: float) -> None:
+    """Scale the gradients, in place, so that their global norm is at most `limit` (as torch's clip_grad_norm_)."""
+    grads = local_gradients(parameters)
+    torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0))

@@ -1,0 +1,65 @@
+"""Activation checkpointing, compile, FSDP2, in this order, on a model whose parameters are already split over tp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from tp_trainer.config import Parallelism
+from tp_trainer.parallel.mesh import Mesh
+
+
+def dtypes(parallelism: Parallelism, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """(compute, gradient reduction): what is asked, else bfloat16 on GPUs and float32 on CPU, reduced in float32."""
+    compute = parallelism.param_dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return getattr(torch, compute), getattr(torch, parallelism.reduce_dtype or "float32")
+
+
+def shard(model: nn.Module, layers: Sequence[nn.Module], tables: Sequence[Sequence[nn.Module]], parallelism: Parallelism, mesh: Mesh) -> None:
+    """Wrap each layer and the model, in place.
+
+    Args:
+        layers: the decoder's blocks, each one FSDP group.
+        tables: further groups, in the order of their use (embedding; final norm with head). Tied tables must not be
+            listed: they stay in the root's group, together.
+    """
+    for layer in layers:
+        if parallelism.activation_checkpointing != "none":
+            _recompute(layer, selective=parallelism.activation_checkpointing == "selective")
+        if parallelism.compile if parallelism.compile is not None else mesh.device.type == "cuda":
+            layer.compile()
+    compute, reduce = dtypes(parallelism, mesh.device)
+    options: dict[str, Any] = {"mesh": mesh.fsdp, "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)}
+    for layer in layers:
+        fully_shard(layer, **options)
+    for group in tables:
+        fully_shard(list(group), **options)
+    fully_shard(model, **options)
+
+
+def _recompute(layer: nn.Module, selective: bool) -> None:
+    """Forget the block's activations and form them again in the backward pass; selective keeps the costly products."""
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
+    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **context)
+
+
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
+}
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

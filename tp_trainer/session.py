@@ -1,0 +1,137 @@
+"""A rank's dealings with what lies outside its training: its node, the other ranks, Ray, the driver, the trackers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from tp_trainer.checkpoint.state import Checkpoints
+from tp_trainer.checkpoint.store import Store, launch_file
+from tp_trainer.config import Config, ConfigError
+from tp_trainer.loop import Hooks, Position
+from tp_trainer.tracker import Tracker, build_tracker
+
+T = TypeVar("T")
+
+
+class Node:
+    """This rank's place: its device, its node, and agreement with the other ranks."""
+
+    def __init__(self, config: Config) -> None:
+        context = ray.train.get_context()
+        self.rank, self.local_rank = context.get_world_rank(), context.get_local_rank()
+        self.local_world, self.storage = context.get_local_world_size(), context.get_storage()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if config.cluster.device == "gpu" else torch.device("cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world))
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Run an action on every rank; where any raised a ConfigError, every rank raises the first of them."""
+        result, error = None, None
+        try:
+            result = action()
+        except ConfigError as raised:
+            error = (raised.key, raised.value, raised.message)
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        for each in errors:
+            if each is not None:
+                raise ConfigError(*each)
+        return result  # type: ignore[return-value]  # set, since no rank raised
+
+    def first(self, action: Callable[[], T]) -> T:
+        """Run an action on the first rank of each node, then on its other ranks (they find what it made)."""
+        result = self.agree(lambda: action() if self.local_rank == 0 else None)
+        return result if self.local_rank == 0 else action()  # type: ignore[return-value]
+
+    def check(self, config: Config, launch: str) -> None:
+        """Raises ConfigError where this node can't take part."""
+        if not Store(config.run_dir).exists(launch_file(launch)):
+            raise ConfigError("checkpoint.storage_path", config.checkpoint.storage_path,
+                              f"node {socket.gethostname()} doesn't see what the driver wrote there; give a path that all nodes share")
+        if self.local_world % config.parallelism.tp:
+            raise ConfigError("parallelism.tp", config.parallelism.tp,
+                              f"node {socket.gethostname()} has {self.local_world} workers: a TP group must lie within one node")
+
+
+class Reporter:
+    """The loop's hooks: rows to the tracker and the driver, checkpoints to storage and Ray, the profiler's trace."""
+
+    def __init__(self, config: Config, node: Node, checkpoints: Checkpoints, global_batch_size: int, launch: str, progress: ActorHandle) -> None:
+        self.config, self.node, self.checkpoints = config, node, checkpoints
+        self.global_batch_size, self.launch, self.progress = global_batch_size, launch, progress
+        self.tracker: Tracker | None = None
+        self.profiler: torch.profiler.profile | None = None
+        self.last_checkpoint: str | None = None
+
+    def __enter__(self) -> Reporter:
+        self.tracker = self.node.agree(lambda: build_tracker(self.config, self.config.run_dir) if self.node.rank == 0 else None)
+        if self.config.train.profile.steps and self.node.rank == 0:
+            self.profiler = _profiler(self.config)
+            self.profiler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.profiler is not None:
+            self.profiler.stop()
+        if self.tracker is not None:
+            self.tracker.close()
+
+    @property
+    def hooks(self) -> Hooks:
+        return Hooks(log=self.log, stepped=self.stepped, save=self.save)
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """Tell the driver that training begins."""
+        self._push({"begin": total_steps, "step": step, "device": self.node.device.type})
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.tracker is not None:
+            self.tracker.log(row, row["step"])
+        self._push(row)
+
+    def stepped(self, step: int) -> None:
+        self._push({"step": step})
+        if self.profiler is not None:
+            self.profiler.step()
+
+    def save(self, position: Position, validation_loss: float | None) -> None:
+        """A checkpoint of all ranks, made known to Ray Train."""
+        state = {
+            "step": position.step, "epoch": position.cursor.epoch, "offset": position.cursor.offset, "tokens": position.tokens,
+            "global_batch_size": self.global_batch_size, "seed": self.config.seed, "launch": self.launch,
+            "layout": self.config.parallelism.layout, "validation_loss": validation_loss,
+        }  # fmt: skip
+        self.last_checkpoint = self.checkpoints.save(position.step, state)
+        if self.tracker is not None:
+            self.tracker.flush()
+        name = self.last_checkpoint.rsplit("/", 1)[-1]
+        ray.train.report(
+            {"step": position.step, "validation_loss": validation_loss},
+            checkpoint=Checkpoint(f"{self.node.storage.experiment_fs_path}/{name}", self.node.storage.storage_filesystem),
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def _push(self, item: dict[str, Any]) -> None:
+        """To the driver, without waiting."""
+        if self.node.rank == 0:
+            self.progress.push.remote(item)
+
+
+def _profiler(config: Config) -> torch.profiler.profile:
+    """A profiler of `train.profile.steps` steps of rank 0, its Chrome trace in <run>/profile."""
+    folder = f"{config.run_dir}/profile" if "://" not in config.run_dir else os.path.abspath("profile")
+    os.makedirs(folder, exist_ok=True)
+    schedule = torch.profiler.schedule(wait=config.train.profile.start, warmup=1, active=config.train.profile.steps, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(f"{folder}/rank0.json"))

@@ -1,0 +1,73 @@
+"""The recipe that every rank runs, from top to bottom. Ray Train has made the process group before it begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tp_trainer.checkpoint.state import Checkpoints
+from tp_trainer.checkpoint.store import Found, at
+from tp_trainer.config import Config, ConfigError, check_schedule_length, load
+from tp_trainer.data import Cursor, open_data
+from tp_trainer.loop import Position, train
+from tp_trainer.models.build import build_model
+from tp_trainer.optim import build_optimizer
+from tp_trainer.parallel.mesh import build_mesh
+from tp_trainer.session import Node, Reporter
+
+
+def run(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train as `settings` say.
+
+    Args:
+        settings: `config` (plain), `launch` (the name of this start of the program), `tokenizer` (as the driver chose
+            it), `progress` (the driver's actor).
+
+    Returns:
+        What the driver needs for the summary.
+
+    Raises:
+        ConfigError: refused; the same on every rank.
+    """
+    config, launch = load(settings["config"]), settings["launch"]
+    node = Node(config)
+    node.agree(lambda: node.check(config, launch))
+    mesh = build_mesh(config.parallelism, node.device)
+    model = node.agree(lambda: build_model(config, mesh, node.first))
+    data = node.agree(lambda: open_data(
+        config, tokenizer=settings["tokenizer"], dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, first_on_node=node.first))  # fmt: skip
+    total_steps = data.total_steps(config.train)
+    optimizer = build_optimizer(config.optim, model.module.named_parameters())
+    checkpoints = Checkpoints(config.run_dir, config.checkpoint.keep_last, model.module, optimizer, node.device)
+    torch.manual_seed(config.seed + 1 + node.rank)  # of dropout: another on every rank; a restore brings back the checkpoint's
+    start, resumed_from, skipped = node.agree(lambda: restore(config, launch, checkpoints, total_steps))
+    with Reporter(config, node, checkpoints, data.order.global_batch_size, launch, settings["progress"]) as reporter:
+        reporter.begin(start.step, total_steps)
+        outcome = train(config, model, optimizer, data, mesh, start, reporter.hooks)
+    return {
+        "steps": outcome.position.step, "tokens": outcome.position.tokens, "loss": outcome.loss,
+        "validation_loss": outcome.validation_loss, "unigram_loss": data.unigram_loss,
+        "tokens_per_second": outcome.tokens_trained / outcome.training_seconds if outcome.tokens_trained else None,
+        "resumed_from": resumed_from, "skipped_checkpoints": skipped, "checkpoint": reporter.last_checkpoint,
+    }  # fmt: skip
+
+
+def restore(config: Config, launch: str, checkpoints: Checkpoints, total_steps: int) -> tuple[Position, int | None, list[str]]:
+    """Where to go on: the newest checkpoint of this launch (a restart), else what `checkpoint.resume` says, else the start.
+
+    Returns the position, the step resumed from (None: from the start) and the checkpoints that were passed over.
+    """
+    check_schedule_length(config.optim, total_steps)
+    resume = config.checkpoint.resume
+    found, skipped = checkpoints.store.newest(launch if resume != "auto" else None)
+    if found is None and resume not in ("auto", "never"):
+        pinned = at(resume)
+        if not isinstance(pinned, Found):
+            raise ConfigError("checkpoint.resume", resume, pinned)
+        found = pinned
+    if found is None:
+        return Position(), None, skipped
+    state = checkpoints.restore(found)
+    cursor = Cursor(int(state["epoch"]), int(state["offset"]))
+    return Position(int(state["step"]), cursor, int(state["tokens"])), found.step, skipped
