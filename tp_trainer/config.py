@@ -485,6 +485,8 @@ def translate(error: Exception) -> ConfigError:
     first = str(error).strip().splitlines()[0]
     if "not in '" in first or "is not in struct" in first:
         return unknown_key(key or first)
+    if not key and (match := re.search(r"is not a subclass of (\w+)", first)):
+        key = match[1].lower()  # the groups' classes are named after them
     inside = [k for k in known_keys() if k.startswith(key + ".")]
     if inside and ("is not a subclass of" in first or "Cannot convert" in first or "Cannot merge" in first):
         return ConfigError(key, None, f"is a group of keys, not a value; give {', '.join(inside)}")

@@ -1,0 +1,213 @@
+"""config.py: what loads, what is derived, what is refused; the names of runs; saved configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from tp_trainer.config import (
+    Architecture,
+    Config,
+    ConfigError,
+    check_global_batch,
+    derived_name,
+    known_keys,
+    load,
+    plain,
+    to_yaml,
+    unknown_key,
+)
+
+NUMBERS: dict[str, Any] = {
+    "_name_or_path": "tiny", "model_type": "qwen2", "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384,
+    "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def loaded(**dotted: Any) -> Config:
+    """A Config of tiny numbers with keys set as in optim__lr=1."""
+    values: dict[str, Any] = {"model": {"architecture": dict(NUMBERS)}}
+    for key, value in dotted.items():
+        *groups, last = key.split("__")
+        node = values
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = value
+    return load(values)
+
+
+def refusal(**dotted: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        loaded(**dotted)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_plain_loads_to_the_same_config() -> None:
+    config = loaded(optim__betas=[0.8, 0.9], cluster__env={"A": "1"})
+    assert load(plain(config)) == config
+    assert isinstance(config.optim.betas, list) and dataclasses.is_dataclass(config.model.recipe)
+
+
+def test_to_yaml_loads_to_the_same_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "swordfish")
+    config = loaded(optim__lr=1e-5, cluster__env={"TOKEN": "swordfish"}, data__text_column="1e-5", checkpoint__storage_path="s3://a/b")
+    text = to_yaml(config)
+    assert "swordfish" not in text
+    values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    assert isinstance(values, dict)
+    assert values.pop("defaults")[:2] == ["schema", "_self_"] and values.pop("hydra")["output_subdir"] is None
+    again = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    assert isinstance(again, dict)
+    assert load({str(key): value for key, value in again.items()}) == config
+    assert set(yaml.safe_load(text)) == {"defaults", "hydra", *(each.name for each in dataclasses.fields(Config))}  # complete
+
+
+def test_errors_survive_pickling() -> None:
+    error = ConfigError("optim.lr", -1.0, "must be at least 0")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "optim.lr=-1.0: must be at least 0"
+
+
+# ------------------------------------------------------------------------------------------------------------- derived
+
+
+def test_what_is_null_follows_from_other_keys(tmp_path: Path) -> None:
+    config = loaded(parallelism__tp=4, model__recipe={"seq_length": 256, "lr": 0.5})
+    assert (config.cluster.num_workers, config.data.seq_length, config.optim.lr, config.model.weights) == (8, 256, 0.5, "random")
+    assert loaded(data__seq_length=64, model__recipe={"seq_length": 256}).data.seq_length == 64
+    assert loaded().data.seq_length == 1024  # 2048, but the model has no more positions
+    assert Path(config.run_dir).is_absolute()
+
+
+def test_a_name_alone_replaces_the_groups_architecture(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**NUMBERS, "hidden_size": 64}))
+    config = loaded(model__name=str(tmp_path), model__recipe={"lr": 0.5}, model__overrides={"num_hidden_layers": 2})
+    assert config.model.architecture["hidden_size"] == 64 and config.model.architecture["num_hidden_layers"] == 2
+    assert config.model.weights == "pretrained" and config.optim.lr == 1e-5  # the group's recipe is not this model's
+    assert load(plain(config)) == config
+
+
+NAME = derived_name(loaded())
+
+
+def test_the_derived_name_is_stable_and_readable() -> None:
+    assert loaded().experiment_name == NAME
+    assert NAME.startswith("tiny-embedded-tp2_dp2-")
+    config = loaded()
+    config.experiment_name = None
+    assert load(plain(config)).experiment_name == NAME  # what is resolved doesn't change it
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optim__lr": 1e-3}, {"seed": 1}, {"data__percentage": 50}, {"data__seq_length": 128}, {"parallelism__tp": 1},
+        {"parallelism__compile": True}, {"train__micro_batch_size": 2}, {"train__global_batch_size": 16}, {"optim__betas": [0.9, 0.99]},
+        {"model__overrides": {"num_hidden_layers": 2}}, {"train__clip_grad_norm": None}, {"train__deterministic": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_derived_name_changes_with_what_shapes_the_numbers(change: dict[str, Any]) -> None:
+    assert loaded(**change).experiment_name != NAME
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cluster__kind": "ray"}, {"cluster__env": {"A": "1"}}, {"cluster__device": "cpu"}, {"cluster__max_failures": 0},
+        {"checkpoint__storage_path": "/elsewhere"}, {"checkpoint__interval": 7}, {"checkpoint__keep_last": 9},
+        {"checkpoint__resume": "never"},
+        {"tracker__kind": "none"}, {"train__log_interval": 1}, {"train__eval_interval": 7}, {"train__num_epochs": 9},
+        {"train__max_steps": 9}, {"train__max_steps_per_epoch": 9}, {"train__profile": {"steps": 2}}, {"dry_run": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_derived_name_stays_whatever_the_place_and_the_length(change: dict[str, Any]) -> None:
+    assert loaded(**change).experiment_name == NAME
+
+
+# ------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"optim__lrr": 1}, "optim.lrr: unknown key; did you mean optim.lr?"),
+        ({"optim__lr": "fast"}, "optim.lr=fast: must be a number"),
+        ({"optim": 3}, "optim: is a group of keys"),
+        ({"train__eval_interval": 0}, "train.eval_interval=0: must be at least 1"),
+        ({"optim__min_lr_ratio": 2}, "optim.min_lr_ratio=2.0: must be at least 0 and at most 1"),
+        ({"optim__betas": [0.9]}, "optim.betas=[0.9]: must be two numbers"),
+        ({"optim__schedule": "wsd", "optim__decay_steps": 9, "optim__warmup_steps": 2, "train__max_steps": 10}, "optim.decay_steps=9:"),
+        ({"parallelism__dp_replicate": 2, "parallelism__dp": 3}, "parallelism.dp_replicate=2: must divide parallelism.dp=3; allowed: 1, 3"),
+        ({"parallelism__tp": 8}, "degrees that do: 1, 2, 4"),
+        ({"model__overrides": {"num_attention_heads": 12, "hidden_size": 96}, "parallelism__tp": 8}, "12 heads"),
+        ({"model__overrides": {"num_experts": 8}}, "mixture of 8 experts"),
+        ({"model__overrides": {"hidden_size": "big"}}, "hidden_size is 'big', not a whole number"),
+        ({"model__architecture": {}}, "model.name: nothing names a model"),
+        ({"cluster__address": "host:1"}, "cluster.address=host:1: only cluster=ray takes an address"),
+        ({"data__source": "hub"}, "data.name: is missing: data.source=hub needs a hub id"),
+        ({"data__source": "json"}, "did you mean jsonl?"),
+        ({"experiment_name": "../up"}, "experiment_name=../up: must be one directory name"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value,
+)
+def test_refusals(change: dict[str, Any], says: str) -> None:
+    assert says in refusal(**change)
+
+
+def test_a_model_directory_without_a_config(tmp_path: Path) -> None:
+    assert "this directory has no config.json" in refusal(model__name=str(tmp_path))
+    assert "no such directory" in refusal(model__name=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "dp", "says"),
+    [
+        (16, 4, 2, None),
+        (8, 4, 2, None),
+        (12, 4, 2, "train.micro_batch_size that works: 1, 2, 3, 6"),
+        (7, 4, 2, "no micro-batch size works; a global batch that does: 8"),
+    ],
+)
+def test_global_batch(total: int, micro: int, dp: int, says: str | None) -> None:
+    if says is None:
+        return check_global_batch(total, micro, dp)
+    with pytest.raises(ConfigError, match=says):
+        check_global_batch(total, micro, dp)
+
+
+def test_degrees_of_real_models() -> None:
+    qwen2_7b = {**NUMBERS, "vocab_size": 152064, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+    assert Architecture.of(qwen2_7b, "it").tp_degrees() == [1, 2, 4]
+
+
+def test_known_keys_are_all_leaves() -> None:
+    keys = known_keys()
+    assert {"seed", "optim.betas", "model.architecture", "model.recipe.lr", "train.profile.steps", "cluster.env"} <= set(keys)
+    assert not {"model", "train.profile"} & set(keys)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("optim.lrr", "optim.lr"),
+        ("train.lr", "optim.lr"),
+        ("lr", "optim.lr"),
+        ("sed", "seed"),
+        ("data.seqlen", "data.seq_length"),
+        ("checkpoints.interval", "checkpoint.interval"),
+        ("global_batch", "train.global_batch_size"),
+        ("optimm", "optim"),
+    ],
+)
+def test_the_nearest_key(typed: str, meant: str) -> None:
+    assert f"did you mean {meant}?" in str(unknown_key(typed))

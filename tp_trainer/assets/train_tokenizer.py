@@ -1,0 +1,41 @@
+"""Makes the embedded tokenizer: `python -m tp_trainer.assets.train_tokenizer`. The same text gives the same files."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tp_trainer.assets import TOKENIZER, TOKENIZER_SIZE
+from tp_trainer.config import Data
+from tp_trainer.data.sources import documents
+
+END = "<|endoftext|>"
+
+
+def train(texts: Iterable[str]) -> Tokenizer:
+    """A byte-level BPE of TOKENIZER_SIZE entries in which END has id 0; any text survives encode and decode unchanged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER_SIZE,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes what `transformers.AutoTokenizer.from_pretrained(directory)` reads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "clean_up_tokenization_spaces": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    # The training part only: validation text that shaped the vocabulary would be easier than unseen text.
+    save(train(documents(Data(source="embedded"), "train")), TOKENIZER)
