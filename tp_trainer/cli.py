@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from tp_trainer.config import Config, ConfigError, Parallelism, known_keys, load, nearest, plain, translate, unknown_key
+from tp_trainer.config import RUN_LENGTH, Config, ConfigError, Parallelism, known_keys, load, nearest, plain, translate, unknown_key
 
 if TYPE_CHECKING:
     import argparse
@@ -180,6 +180,7 @@ def _compose(args: argparse.Namespace, directory: str, name: str) -> tuple[int, 
                 return 1, None
         master = loader.load_configuration(name, overrides, RunMode.MULTIRUN)
         jobs = _expand(master)
+        _check_directories(jobs)
         for job in jobs:
             tried = list(job)
             loader.load_sweep_config(master, list(job))
@@ -214,6 +215,16 @@ def _expand(master: DictConfig) -> list[list[str]]:
         elif isinstance(value, IntervalSweep):
             first.append(f"{key}={value.start}")
     return [list(job) for job in BasicSweeper.split_arguments(overrides, None)[0]] if basic else [first]
+
+
+def _check_directories(jobs: Sequence[Sequence[str]]) -> None:
+    """Jobs that differ in run length alone would have one derived name, and so go on with each other's run."""
+    named = [dict(_typed(job)) for job in jobs]
+    for key in (f"train.{name}" for name in RUN_LENGTH):
+        values = sorted({job.get(key, "") for job in named})
+        if len(values) > 1 and not any("experiment_name" in job for job in named):
+            raise ConfigError(key, ",".join(values), "jobs of different length would share one run's directory; "
+                              f"add 'experiment_name=<name>-${{{key}}}'")  # fmt: skip
 
 
 def explain(error: Exception, overrides: Sequence[str], loader: ConfigLoader) -> ConfigError:

@@ -14,10 +14,12 @@ import json
 import math
 import os
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -53,6 +55,9 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclass
 class Recipe:
     """What a model's group suggests for keys of other groups that the user leaves null."""
@@ -81,8 +86,8 @@ class Parallelism:
     sequence_parallel: bool = setting(True, "split norms and the residual stream over tp along the sequence")
     activation_checkpointing: str = setting("none", "recompute activations in the backward pass", one_of=("none", "full", "selective"))
     compile: bool | None = setting(None, "torch.compile each block; null = on GPUs")
-    param_dtype: str | None = setting(None, "dtype of compute; null = bfloat16 on GPUs, float32 on CPU", one_of=("float32", "bfloat16", "float16"))
-    reduce_dtype: str | None = setting(None, "dtype of gradient reduction; null = float32", one_of=("float32", "bfloat16", "float16"))
+    param_dtype: str | None = setting(None, "dtype of compute; null = bfloat16 on GPUs, float32 on CPU", one_of=DTYPES)
+    reduce_dtype: str | None = setting(None, "dtype of gradient reduction; null = float32", one_of=DTYPES)
 
     @property
     def world_size(self) -> int:
@@ -101,7 +106,7 @@ class Data:
     subset: str | None = setting(None, "the hub dataset's configuration")
     split: str = setting("train", "the hub dataset's training split")
     validation_split: str | None = setting(None, "the hub dataset's validation split; null = hold out validation_percentage")
-    validation_percentage: float = setting(5.0, "held out from the end of the training documents where there is no validation split", above=0, below=100)
+    validation_percentage: float = setting(5.0, "held out from the end where there is no validation split", above=0, below=100)
     text_column: str = setting("text", "the column that holds the text")
     percentage: float = setting(100.0, "use the first so many percent of the training documents", above=0, most=100)
     seq_length: int | None = setting(None, "tokens per row; null = the model group's, else 2048", least=1)
@@ -135,7 +140,7 @@ class Train:
     global_batch_size: int | None = setting(
         None, "sequences per step; null = micro_batch_size x dp, fixed at the first start; more = gradient accumulation", least=1
     )
-    num_epochs: int = setting(3, "passes over the data", least=1)
+    num_epochs: int = setting(1, "passes over the data", least=1)
     max_steps_per_epoch: int | None = setting(None, "steps after which an epoch ends; null = all", least=1)
     max_steps: int | None = setting(None, "length of the run in steps; overrides num_epochs", least=1)
     clip_grad_norm: float | None = setting(1.0, "clip the global gradient norm; null = don't", above=0)
@@ -170,7 +175,7 @@ class Cluster:
 class Tracker:
     kind: str = setting("tensorboard", "where metrics go besides metrics.jsonl", one_of=("tensorboard", "wandb", "mlflow", "none"))
     project: str = setting("tp_trainer", "W&B project or MLflow experiment")
-    uri: str | None = setting(None, "MLflow tracking server; null = ./mlruns in the run's directory")
+    uri: str | None = setting(None, "MLflow tracking server; null = a database in the run's directory")
 
 
 @dataclass
@@ -272,6 +277,9 @@ def architecture_fields(model: Model) -> dict[str, Any]:
     return {**fields, **model.overrides}
 
 
+HUB_TIMEOUT = 3  # seconds until the hub counts as out of reach
+
+
 def _config_file(name: str) -> Path:
     """config.json of a model directory, or of a hub id (fetched, or from the hub's cache)."""
     if Path(name).is_dir():
@@ -281,10 +289,18 @@ def _config_file(name: str) -> Path:
         return path
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise ConfigError("model.name", name, "no such directory, and not a hub id (owner/model)")
-    try:
-        from huggingface_hub import hf_hub_download  # imports in 0.2 s, and only where the hub is asked
+    # huggingface_hub imports in 0.2 s, and only where the hub is asked; its own retries would take half a minute
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-        return Path(hf_hub_download(name, "config.json"))
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set, and it is not in the cache")
+        with socket.create_connection((urlsplit(hf_hub_url(name, "config.json")).hostname or "", 443), timeout=HUB_TIMEOUT):
+            pass
+        return Path(hf_hub_download(name, "config.json", etag_timeout=HUB_TIMEOUT))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError("model.name", name, f"no such directory, and the hub gave no config.json ({reason})") from error
@@ -340,8 +356,11 @@ def to_yaml(config: Config) -> str:
 
 
 def resolve(config: Config) -> None:
-    """Fill in, in place, what is null and follows from other keys."""
-    model, data, train = config.model, config.data, config.train
+    """Fill in, in place, what is null and follows from other keys.
+
+    train.global_batch_size stays null: the driver fixes it at a run's first start, or takes the checkpoint's.
+    """
+    model, data = config.model, config.data
     if model.name is not None and Path(model.name).expanduser().is_dir():
         model.name = str(Path(model.name).expanduser().resolve())
     grouped = bool(model.architecture) and model.name in (None, model.architecture.get("_name_or_path"))
@@ -363,7 +382,6 @@ def resolve(config: Config) -> None:
         config.checkpoint.resume = str(Path(config.checkpoint.resume).expanduser().resolve())
     if config.experiment_name is None:  # last but for the batch: the name must not depend on what is only derived
         config.experiment_name = derived_name(config)
-    del train  # global_batch_size stays null here: a first start fixes it, a resume takes the stored one (driver)
 
 
 def architecture(config: Config) -> Architecture:
@@ -372,25 +390,50 @@ def architecture(config: Config) -> Architecture:
     return Architecture.of(config.model.architecture, where)
 
 
-RUN_LENGTH_AND_INTERVALS = (
-    "num_epochs", "max_steps_per_epoch", "max_steps", "log_interval", "eval_interval", "eval_batches", "profile",
-)  # fmt: skip
+RUN_LENGTH = ("num_epochs", "max_steps_per_epoch", "max_steps")
+INTERVALS = ("log_interval", "eval_interval", "eval_batches", "profile")
+
+
+def choices(config: Config) -> dict[str, Any]:
+    """Every choice that shapes the numbers of a run, by group: run length, intervals and where it runs left out."""
+    values = plain(config)
+    kept = {key: values[key] for key in ("seed", "model", "parallelism", "data", "optim", "train")}
+    for key in RUN_LENGTH + INTERVALS:
+        del kept["train"][key]
+    del kept["model"]["recipe"], kept["data"]["cache_dir"]
+    return kept
 
 
 def derived_name(config: Config) -> str:
     """A name that is the same for the same choices: a readable part and a hash of all that shapes the numbers."""
-    values = plain(config)
-    choices = {key: values[key] for key in ("seed", "model", "parallelism", "data", "optim", "train")}
-    for key in RUN_LENGTH_AND_INTERVALS:
-        del choices["train"][key]
-    del choices["model"]["recipe"], choices["data"]["cache_dir"]
-    digest = hashlib.sha256(json.dumps(choices, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(choices(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
     model = Path(str(config.model.name or config.model.architecture.get("_name_or_path") or config.model.architecture["model_type"])).name
     data = Path(config.data.name).stem if config.data.name else config.data.source
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}-{data}-{config.parallelism.layout}-{digest}").lower()
 
 
-# ------------------------------------------------------------------------------------------------------------- rules
+def check_same_run(config: Config, stored: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a resume would change what a run is. Layout, micro-batch and run length may change.
+
+    Args:
+        stored: the run's config.yaml, as plain dictionaries.
+    """
+    mine = choices(config)
+    for group in ("seed", "model", "data", "optim", "train"):
+        for key, value in _flat(mine[group], group).items():
+            before = _flat(stored.get(group), group).get(key, value)
+            if before != value and key not in ("train.micro_batch_size", "train.global_batch_size"):
+                hint = "give another experiment_name (null derives one), or checkpoint.resume=never to start it anew"
+                raise ConfigError(key, value, f"the run in {config.run_dir} was started with {_shown(before)}; {hint}")
+
+
+def _flat(value: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}.{name}").items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- rules
 
 
 def check(config: Config) -> None:
@@ -415,7 +458,8 @@ def check(config: Config) -> None:
         check_global_batch(train.global_batch_size, train.micro_batch_size, parallelism.dp)
     assert data.seq_length is not None
     if data.seq_length > numbers.max_position_embeddings:
-        raise ConfigError("data.seq_length", data.seq_length, f"the model has {numbers.max_position_embeddings} positions; give at most that many")
+        raise ConfigError("data.seq_length", data.seq_length,
+                          f"the model has {numbers.max_position_embeddings} positions; give at most that many")
     if data.seq_length % parallelism.tp:
         lower = data.seq_length // parallelism.tp * parallelism.tp
         raise ConfigError("data.seq_length", data.seq_length,
@@ -428,7 +472,8 @@ def check(config: Config) -> None:
         kinds = {"hub": "a hub id", "jsonl": "a file, a glob or a directory", "text": "a file, a glob or a directory"}
         raise ConfigError("data.name", None, f"is missing: data.source={data.source} needs {kinds[data.source]}")
     if config.cluster.address is not None and config.cluster.kind != "ray":
-        raise ConfigError("cluster.address", config.cluster.address, f"only cluster=ray takes an address, not cluster={config.cluster.kind}")
+        raise ConfigError("cluster.address", config.cluster.address,
+                          f"only cluster=ray takes an address, not cluster={config.cluster.kind}")
     name = str(config.experiment_name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
         raise ConfigError("experiment_name", name, "must be one directory name of letters, digits and . _ - = , +")
@@ -440,7 +485,8 @@ def check_global_batch(total: int, micro: int, dp: int) -> None:
         works = [str(n) for n in range(1, total // dp + 1) if total % (n * dp) == 0]
         hint = (f"train.micro_batch_size that works: {', '.join(works)}" if works
                 else f"no micro-batch size works; a global batch that does: {math.ceil(total / (micro * dp)) * micro * dp}")
-        raise ConfigError("train.global_batch_size", total, f"must be a multiple of train.micro_batch_size x parallelism.dp = {micro} x {dp} = {micro * dp}; {hint}")
+        raise ConfigError("train.global_batch_size", total,
+                          f"must be a multiple of train.micro_batch_size x parallelism.dp = {micro} x {dp} = {micro * dp}; {hint}")
 
 
 def check_schedule_length(optim: Optim, total_steps: int) -> None:

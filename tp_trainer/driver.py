@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import os
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 
 import tp_trainer
 from tp_trainer.checkpoint.store import Found, Store, at, launch_file
-from tp_trainer.config import Config, ConfigError, architecture, check_global_batch, plain, to_yaml
+from tp_trainer.config import RUN_LENGTH, Config, ConfigError, architecture, check_global_batch, check_same_run, plain, to_yaml
 from tp_trainer.data.sources import absolute, check_source
 from tp_trainer.data.tokens import choose_tokenizer
 from tp_trainer.tracker import check_tracker
@@ -91,7 +90,7 @@ def _check_device(config: Config) -> None:
         return  # known once connected
     world, gpus, asked = config.parallelism.world_size, gpus_here(), config.cluster.device
     if asked == "gpu" and not gpus:
-        raise ConfigError("cluster.device", "gpu", "this machine has no GPU; give cluster.device=cpu, or cluster=ray for a cluster that has")
+        raise ConfigError("cluster.device", "gpu", "this machine has no GPU; give cluster.device=cpu, or cluster=ray")
     if asked != "cpu" and 0 < gpus < world:
         raise ConfigError("parallelism", config.parallelism.layout,
                           f"needs {world} GPUs, this machine has {gpus}; give a layout with tp x dp <= {gpus}, or cluster.device=cpu")
@@ -100,8 +99,8 @@ def _check_device(config: Config) -> None:
         needed, free = 16 * architecture(config).num_parameters, _free_memory()
         if free is not None and needed > free:
             raise ConfigError("model.name", config.model.name,
-                              f"training on CPU needs about {needed / 2**30:.0f} GiB (16 bytes a parameter), {free / 2**30:.0f} GiB are free; "
-                              "give a smaller model, or a machine with GPUs")
+                              f"training on CPU needs about {needed / 2**30:.0f} GiB (16 bytes a parameter), "
+                              f"{free / 2**30:.0f} GiB are free; give a smaller model, or a machine with GPUs")
 
 
 def gpus_here() -> int:
@@ -142,6 +141,9 @@ def _settle_global_batch(config: Config, store: Store) -> None:
     found: Found | str | None = None
     if config.checkpoint.resume == "auto":
         found = store.newest()[0]
+        stored = store.read_yaml("config.yaml") if found else None
+        if stored:
+            check_same_run(config, stored)
     elif config.checkpoint.resume != "never":
         found = at(config.checkpoint.resume)
         if isinstance(found, str):
@@ -151,11 +153,11 @@ def _settle_global_batch(config: Config, store: Store) -> None:
             raise ConfigError("checkpoint.resume", config.checkpoint.resume,
                               f"{config.experiment_name} has gone on to step {newest.step}; give another experiment_name to branch off")
     if isinstance(found, Found):
-        stored = int(found.state["global_batch_size"])
-        if train.global_batch_size not in (None, stored):
+        size = int(found.state["global_batch_size"])
+        if train.global_batch_size not in (None, size):
             raise ConfigError("train.global_batch_size", train.global_batch_size,
-                              f"this run was started with {stored}; leave it out, or give another experiment_name")
-        train.global_batch_size = stored
+                              f"this run was started with {size}; leave it out, or give another experiment_name")
+        train.global_batch_size = size
     elif train.global_batch_size is None:
         train.global_batch_size = train.micro_batch_size * parallelism.dp
     check_global_batch(train.global_batch_size, train.micro_batch_size, parallelism.dp)
@@ -164,8 +166,7 @@ def _settle_global_batch(config: Config, store: Store) -> None:
 def _finished(config: Config, store: Store) -> dict[str, Any] | None:
     """The summary of this run where it has finished and no more is asked than was asked then."""
     summary = store.read_json("summary.json") if config.checkpoint.resume == "auto" else None
-    lengths = ("num_epochs", "max_steps_per_epoch", "max_steps")
-    asked = {name: getattr(config.train, name) for name in lengths}
+    asked = {name: getattr(config.train, name) for name in RUN_LENGTH}
     if summary and summary.get("status") == "finished" and summary.get("run_length") == asked:
         return dict(summary)
     return None
@@ -316,7 +317,7 @@ def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store
         summary |= result
     summary |= {
         "run_dir": config.run_dir, "device": cluster.device, "random_data": config.data.source == "random", "tracker": config.tracker.kind,
-        "run_length": {name: getattr(config.train, name) for name in ("num_epochs", "max_steps_per_epoch", "max_steps")},
+        "run_length": {name: getattr(config.train, name) for name in RUN_LENGTH},
     }  # fmt: skip
     store.write_json("summary.json", summary)
     if error is not None:

@@ -68,7 +68,9 @@ class Node:
 class Reporter:
     """The loop's hooks: rows to the tracker and the driver, checkpoints to storage and Ray, the profiler's trace."""
 
-    def __init__(self, config: Config, node: Node, checkpoints: Checkpoints, global_batch_size: int, launch: str, progress: ActorHandle) -> None:
+    def __init__(
+        self, config: Config, node: Node, checkpoints: Checkpoints, global_batch_size: int, launch: str, progress: ActorHandle
+    ) -> None:
         self.config, self.node, self.checkpoints = config, node, checkpoints
         self.global_batch_size, self.launch, self.progress = global_batch_size, launch, progress
         self.tracker: Tracker | None = None

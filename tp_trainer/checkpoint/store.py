@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fsspec.core import url_to_fs
+from omegaconf import OmegaConf
+from yaml import YAMLError
 
 NAME = re.compile(r"step_(\d{8,})")
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -53,6 +55,15 @@ class Store:
                 return json.load(file)
         except (OSError, ValueError):
             return None
+
+    def read_yaml(self, name: str) -> dict[str, Any] | None:
+        """The content of a YAML file in the run's directory, interpolations as they stand; None where there is none."""
+        try:
+            with self.fs.open(f"{self.root}/{name}", "r") as file:
+                content = OmegaConf.to_container(OmegaConf.load(file))
+        except (OSError, ValueError, YAMLError):
+            return None
+        return {str(key): value for key, value in content.items()} if isinstance(content, dict) else None
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file as a whole: readers see the old one or the new one."""

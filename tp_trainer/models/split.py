@@ -26,7 +26,8 @@ def split_table(model: PreTrainedModel) -> dict[str, Role]:
         raise ConfigError("model.architecture.model_type", family, "transformers has no tensor-parallel plan for this family")
     unknown = sorted(set(plan.values()) - set(PLAN))
     if unknown:
-        raise ConfigError("model.architecture.model_type", family, f"its tensor-parallel plan uses {', '.join(unknown)}, which is not supported")
+        raise ConfigError("model.architecture.model_type", family,
+                          f"its tensor-parallel plan uses {', '.join(unknown)}, which is not supported")
     modules = dict(model.named_modules())
     prefix = model.base_model_prefix + "."
     roles: dict[str, Role] = {}

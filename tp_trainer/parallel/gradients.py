@@ -42,15 +42,11 @@ def global_norm(parameters: Sequence[nn.Parameter], mesh: Mesh) -> torch.Tensor:
 
     Shards of split parameters add up over dp and tp; those of replicated ones over dp alone.
     """
-    names = mesh.full.mesh_dim_names or ()
     squares = torch.stack([_square(parameters, True, mesh.device), _square(parameters, False, mesh.device)])
     if mesh.full["dp"].size() > 1:
         dist.all_reduce(squares, group=mesh.full["dp"].get_group())
     if mesh.tp_size > 1:
-        split = squares[0].clone()
-        dist.all_reduce(split, group=mesh.tp.get_group())
-        squares[0] = split
-    assert set(names) <= {"dp_replicate", "dp", "tp"}
+        dist.all_reduce(squares[:1], group=mesh.tp.get_group())
     return squares.sum().sqrt()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from tp_trainer.config import Parallelism
 from tp_trainer.parallel.mesh import Mesh
@@ -21,7 +21,9 @@ def dtypes(parallelism: Parallelism, device: torch.device) -> tuple[torch.dtype,
     return getattr(torch, compute), getattr(torch, parallelism.reduce_dtype or "float32")
 
 
-def shard(model: nn.Module, layers: Sequence[nn.Module], tables: Sequence[Sequence[nn.Module]], parallelism: Parallelism, mesh: Mesh) -> None:
+def shard(
+    model: nn.Module, layers: Sequence[nn.Module], tables: Sequence[Sequence[nn.Module]], parallelism: Parallelism, mesh: Mesh
+) -> None:
     """Wrap each layer and the model, in place.
 
     Args:
@@ -45,8 +47,8 @@ def shard(model: nn.Module, layers: Sequence[nn.Module], tables: Sequence[Sequen
 
 def _recompute(layer: nn.Module, selective: bool) -> None:
     """Forget the block's activations and form them again in the backward pass; selective keeps the costly products."""
-    context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
-    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **context)
+    contexts = partial(create_selective_checkpoint_contexts, _policy) if selective else noop_context_fn
+    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
 
 
 _KEPT = {
