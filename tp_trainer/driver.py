@@ -125,11 +125,13 @@ def _free_memory() -> int | None:
 
 def _open_store(config: Config) -> Store:
     """The run's directory, made and seen to be writable."""
-    store = Store(config.run_dir)
     probe = f".writable-{uuid.uuid4().hex[:8]}"
     try:
+        store = Store(config.run_dir)
         store.write_text(probe, "")
         store.remove(probe)
+    except ImportError as error:  # fsspec names the package for this kind of URL
+        raise ConfigError("checkpoint.storage_path", config.checkpoint.storage_path, f"needs a package: {error}") from error
     except Exception as error:  # every file system has its own
         raise ConfigError("checkpoint.storage_path", config.checkpoint.storage_path, f"not writable ({error})") from error
     return store

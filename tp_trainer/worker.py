@@ -41,7 +41,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     optimizer = build_optimizer(config.optim, model.module.named_parameters())
     checkpoints = Checkpoints(config.run_dir, config.checkpoint.keep_last, model.module, optimizer, node.device)
     torch.manual_seed(config.seed + 1 + node.rank)  # of dropout: another on every rank; a restore brings back the checkpoint's
-    start, resumed_from, skipped = node.agree(lambda: restore(config, launch, checkpoints, total_steps))
+    start, found, skipped = node.agree(lambda: restore(config, launch, checkpoints, total_steps))
     with Reporter(config, node, checkpoints, data.order.global_batch_size, launch, settings["progress"]) as reporter:
         reporter.begin(start.step, total_steps)
         outcome = train(config, model, optimizer, data, mesh, start, reporter.hooks)
@@ -49,25 +49,25 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         "steps": outcome.position.step, "tokens": outcome.position.tokens, "loss": outcome.loss,
         "validation_loss": outcome.validation_loss, "unigram_loss": data.unigram_loss,
         "tokens_per_second": outcome.tokens_trained / outcome.training_seconds if outcome.tokens_trained else None,
-        "resumed_from": resumed_from, "skipped_checkpoints": skipped, "checkpoint": reporter.last_checkpoint,
+        "resumed_from": found.step if found else None, "skipped_checkpoints": skipped,
+        "checkpoint": reporter.last_checkpoint or (found.path if found else None),
     }  # fmt: skip
 
 
-def restore(config: Config, launch: str, checkpoints: Checkpoints, total_steps: int) -> tuple[Position, int | None, list[str]]:
+def restore(config: Config, launch: str, checkpoints: Checkpoints, total_steps: int) -> tuple[Position, Found | None, list[str]]:
     """Where to go on: the newest checkpoint of this launch (a restart), else what `checkpoint.resume` says, else the start.
 
-    Returns the position, the step resumed from (None: from the start) and the checkpoints that were passed over.
+    Returns the position, the checkpoint that it comes from (None: from the start) and those that were passed over.
     """
     check_schedule_length(config.optim, total_steps)
     resume = config.checkpoint.resume
     found, skipped = checkpoints.store.newest(launch if resume != "auto" else None)
     if found is None and resume not in ("auto", "never"):
         pinned = at(resume)
-        if not isinstance(pinned, Found):
+        if isinstance(pinned, str):
             raise ConfigError("checkpoint.resume", resume, pinned)
         found = pinned
     if found is None:
         return Position(), None, skipped
     state = checkpoints.restore(found)
-    cursor = Cursor(int(state["epoch"]), int(state["offset"]))
-    return Position(int(state["step"]), cursor, int(state["tokens"])), found.step, skipped
+    return Position(found.step, Cursor(int(state["epoch"]), int(state["offset"])), int(state["tokens"])), found, skipped
