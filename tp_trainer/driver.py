@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import tp_trainer
 from tp_trainer.checkpoint.store import Found, Store, at, launch_file
@@ -26,6 +28,7 @@ from tp_trainer.tracker import check_tracker
 from tp_trainer.view import View, summary_lines
 
 POLL_SECONDS = 0.2
+ANSWER_SECONDS = 5  # until a cluster's address counts as dead
 
 
 class RunFailed(RuntimeError):
@@ -213,6 +216,7 @@ def _ray(config: Config) -> Iterator[None]:
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)
             _owns_ray.append(True)
         else:
+            _check_answers(cluster.address)
             package = str(Path(tp_trainer.__file__).parent)
             runtime = {} if _inside_ray_job() else {"runtime_env": {"py_modules": [package]}}
             try:
@@ -225,6 +229,18 @@ def _ray(config: Config) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         ray.shutdown()  # takes the workers with it
         raise
+
+
+def _check_answers(address: str | None) -> None:
+    """Refuse an address where nothing listens: Ray itself would try for minutes."""
+    try:
+        parts = urlsplit(address if "://" in str(address) else f"//{address}")
+        if address is None or parts.hostname is None or parts.port is None:  # auto, or a scheme with ways of its own
+            return
+        with socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_SECONDS):
+            pass
+    except (OSError, ValueError) as error:
+        raise ConfigError("cluster.address", address, f"no Ray cluster answers there ({error}); <host>:<port> is wanted") from error
 
 
 _owns_ray: list[bool] = []  # whether this process started the Ray that it uses
@@ -406,7 +422,8 @@ def _failure(error: Exception, store: Store) -> str:
     traces = "\n\n".join(f"rank {rank}:\n{each}" for rank, each in sorted(failures.items())) or str(error)
     store.write_text("failure.txt", traces + "\n")
     rank, first = next(iter(sorted(failures.items())), (None, error))
-    line = (str(first).strip().splitlines() or [type(first).__name__])[-1]
+    lines = str(first).strip().splitlines() or [type(first).__name__]
+    line = lines[-1] if any("Traceback" in each for each in lines) else lines[0]  # a trace ends with its error, Ray's own texts begin so
     return f"{f'rank {rank}: ' if rank is not None else ''}{line} (all of it in {store.run_dir}/failure.txt)"
 
 

@@ -6,12 +6,18 @@ tensors, under `model.<parameter>`, `optim.<parameter>.<state>` and `rng.<rank>.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from tp_trainer.checkpoint.store import Found, Store
 
@@ -79,17 +85,52 @@ def _create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = lr
 
 
-def _writer(path: str) -> dcp.StorageWriter:
-    if "://" in path:
-        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+PIECE_BYTES = 1 << 30
 
-        return FsspecWriter(path)
-    return dcp.FileSystemWriter(path)
+
+class _InPieces:
+    """A DCP writer that writes a rank's items file by file, each of about PIECE_BYTES.
+
+    DCP's own holds on to the host copy of every tensor until their file is done: with one file a rank that is the
+    rank's whole shard in host memory (seen: 79 GB a process for Qwen2-7B on two GPUs).
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        for number, items in enumerate(_pieces(plan.items)):
+            prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            part = dataclasses.replace(plan, items=items, storage_data=prefix)
+            results += super().write_data(part, planner).wait()  # type: ignore[misc]
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result(results)
+        return done
+
+
+class _FileWriter(_InPieces, dcp.FileSystemWriter):
+    pass
+
+
+class _UrlWriter(_InPieces, FsspecWriter):
+    pass
+
+
+def _pieces(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+    """The items in groups of about PIECE_BYTES, at least one item each."""
+    group: list[WriteItem] = []
+    size = 0
+    for item in items:
+        if group and size >= PIECE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize if item.tensor_data else 0
+    if group:
+        yield group
+
+
+def _writer(path: str) -> dcp.StorageWriter:
+    return _UrlWriter(path) if "://" in path else _FileWriter(path)
 
 
 def _reader(path: str) -> dcp.StorageReader:
-    if "://" in path:
-        from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-
-        return FsspecReader(path)
-    return dcp.FileSystemReader(path)
+    return FsspecReader(path) if "://" in path else dcp.FileSystemReader(path)

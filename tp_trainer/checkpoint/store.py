@@ -142,7 +142,7 @@ class Store:
         """Delete all but the newest `count` checkpoints; directories that don't count go as well once a newer one does."""
         whole = [name for name in self.step_names() if self.exists(f"{name}/{MANIFEST}")]
         for name in self.step_names():
-            if name not in whole[-count:] and whole and name < whole[-1]:
+            if name not in whole[-count:] and whole and int(name[5:]) < int(whole[-1][5:]):
                 # the manifest first: a half-deleted directory must not count
                 self.remove(f"{name}/{MANIFEST}")
                 self.remove(name)
