@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tp_trainer.config import Config, _shown
+from tp_trainer.config import Config, shown
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -19,8 +19,8 @@ def settings(node: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
         if dataclasses.is_dataclass(value):
             rows |= settings(value, key + ".")
         else:
-            shown = "null" if value is None else "{}" if value == {} else _shown(value)
-            rows[key] = (shown, each.metadata["help"])
+            default = "null" if value is None else "{}" if value == {} else shown(value)
+            rows[key] = (default, each.metadata["help"])
     return rows
 
 

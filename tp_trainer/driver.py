@@ -5,13 +5,16 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +32,7 @@ from tp_trainer.view import View, summary_lines
 
 POLL_SECONDS = 0.2
 ANSWER_SECONDS = 5  # until a cluster's address counts as dead
+LOST = re.compile("gloo|nccl|connection (closed|reset)", re.IGNORECASE)  # what a rank says whose peer is gone
 
 
 class RunFailed(RuntimeError):
@@ -55,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
     if config.checkpoint.resume == "never":
         _set_aside(config, store, view)
     launch = uuid.uuid4().hex[:12]
-    with _ray(config):
+    with _sigterm_exits(), _ray(config):
         _check_capacity(config)
         store.write_text("config.yaml", to_yaml(config))
         store.write_text(launch_file(launch), "")
@@ -222,8 +226,10 @@ def _ray(config: Config) -> Iterator[None]:
             try:
                 ray.init(address=cluster.address or "auto", **runtime, **options)
             except ConnectionError as error:
-                raise ConfigError("cluster.address", cluster.address or "auto",
-                                  f"no Ray cluster answers there ({str(error).splitlines()[0]})") from error
+                reason = f"no Ray cluster answers there ({str(error).splitlines()[0]})"
+                if "AuthenticationError" in str(error.__cause__):
+                    reason = "wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless it lies in ~/.ray/auth_token"
+                raise ConfigError("cluster.address", cluster.address or "auto", reason) from error
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -277,7 +283,10 @@ class Progress:
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs on each worker. Refusals are returned: a raised error would be tried again."""
+    """What Ray Train runs on each worker. Refusals are returned: a raised error would be tried again.
+
+    Of an error Ray Train sends no trace along: it goes as a note.
+    """
     os.environ.update(settings["environment"])  # before torch is imported
     from tp_trainer.worker import run
 
@@ -285,6 +294,9 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
         return run(settings)
     except ConfigError as error:
         return {"refused": (error.key, error.value, error.message)}
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        raise
 
 
 def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store, view: View) -> dict[str, Any]:
@@ -401,7 +413,10 @@ def _wait(trainer: Any, progress: Any, followed: _Followed) -> tuple[Exception |
 
 @contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM raises SystemExit(143) in the main thread (signals can be caught nowhere else)."""
+    """SIGTERM raises SystemExit(143) in the main thread (signals can be caught nowhere else).
+
+    While Ray starts it has a handler of its own, which exits with 15 or 1.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -412,19 +427,26 @@ def _sigterm_exits() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
+    except SystemExit as end:
+        if end.code == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _failure(error: Exception, store: Store) -> str:
     """One line about why the workers failed; the traces go to failure.txt in the run's directory."""
-    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
-    traces = "\n\n".join(f"rank {rank}:\n{each}" for rank, each in sorted(failures.items())) or str(error)
-    store.write_text("failure.txt", traces + "\n")
-    rank, first = next(iter(sorted(failures.items())), (None, error))
-    lines = str(first).strip().splitlines() or [type(first).__name__]
-    line = lines[-1] if any("Traceback" in each for each in lines) else lines[0]  # a trace ends with its error, Ray's own texts begin so
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", None) or {}
+    traces = {rank: "\n".join(getattr(each, "__notes__", [])) or f"{type(each).__name__}: {each}" for rank, each in failures.items()}
+    store.write_text("failure.txt", "\n\n".join(f"rank {rank}:\n{traces[rank]}" for rank in sorted(traces)) + f"\n\n{error}\n")
+    # when one rank fails, others lose their connection to it: they are not the cause
+    order = sorted(failures, key=lambda rank: (bool(LOST.search(str(failures[rank]))), rank))
+    rank, first = (order[0], failures[order[0]]) if order else (None, error)
+    cause = getattr(first, "health_check_failure", None) or first  # of a worker that is gone, Ray Train wraps Ray's own words
+    line = textwrap.shorten(f"{type(cause).__name__}: {cause}", 400)
     return f"{f'rank {rank}: ' if rank is not None else ''}{line} (all of it in {store.run_dir}/failure.txt)"
+
 
 
 __all__ = ["RunFailed", "gpus_here", "prepare", "train"]

@@ -1,0 +1,103 @@
+"""The rules: over single fields as they stand beside them, and over several keys together."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from typing import Any
+
+from tp_trainer.config.architecture import architecture
+from tp_trainer.config.errors import ConfigError
+from tp_trainer.config.schema import Config, Optim
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""transformers' model types whose training was held against plain transformers (tests/distributed)."""
+
+
+def check(config: Config) -> None:
+    """The rules that bind several keys. Raises ConfigError at the first one that is broken."""
+    parallelism, data, train, optim = config.parallelism, config.data, config.train, config.optim
+    numbers = architecture(config)
+    if numbers.model_type not in FAMILIES:  # others scale or cap logits, fuse projections or place norms in other ways
+        raise ConfigError("model.architecture.model_type", numbers.model_type,
+                          f"this family can't be trained yet; those that can: {', '.join(FAMILIES)}")
+    degrees = numbers.tp_degrees()
+    if parallelism.tp not in degrees:
+        raise ConfigError(
+            "parallelism.tp", parallelism.tp,
+            f"must divide the model's {numbers.num_attention_heads} heads, {numbers.num_key_value_heads} key/value heads, "
+            f"intermediate size {numbers.intermediate_size} and vocabulary {numbers.vocab_size}; "
+            f"degrees that do: {', '.join(map(str, degrees))}",
+        )  # fmt: skip
+    if parallelism.dp % parallelism.dp_replicate:
+        raise ConfigError("parallelism.dp_replicate", parallelism.dp_replicate,
+                          f"must divide parallelism.dp={parallelism.dp}; allowed: {_divisors(parallelism.dp)}")
+    if config.cluster.num_workers != parallelism.world_size:
+        raise ConfigError("cluster.num_workers", config.cluster.num_workers,
+                          f"must be tp x dp = {parallelism.tp} x {parallelism.dp} = {parallelism.world_size}; leave it out, it is derived")
+    if train.global_batch_size is not None:
+        check_global_batch(train.global_batch_size, train.micro_batch_size, parallelism.dp)
+    assert data.seq_length is not None
+    if data.seq_length > numbers.max_position_embeddings:
+        raise ConfigError("data.seq_length", data.seq_length,
+                          f"the model has {numbers.max_position_embeddings} positions; give at most that many")
+    if data.seq_length % parallelism.tp:
+        lower = data.seq_length // parallelism.tp * parallelism.tp
+        raise ConfigError("data.seq_length", data.seq_length,
+                          f"must be divisible by parallelism.tp={parallelism.tp}, e.g. {lower or parallelism.tp}")
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError("optim.betas", optim.betas, "must be two numbers in [0, 1), e.g. [0.9,0.95]")
+    if train.max_steps is not None:
+        check_schedule_length(optim, train.max_steps)
+    if data.source in ("hub", "jsonl", "text") and not data.name:
+        kinds = {"hub": "a hub id", "jsonl": "a file, a glob or a directory", "text": "a file, a glob or a directory"}
+        raise ConfigError("data.name", None, f"is missing: data.source={data.source} needs {kinds[data.source]}")
+    if config.cluster.address is not None and config.cluster.kind != "ray":
+        raise ConfigError("cluster.address", config.cluster.address,
+                          f"only cluster=ray takes an address, not cluster={config.cluster.kind}")
+    name = str(config.experiment_name)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
+        raise ConfigError("experiment_name", name, "must be one directory name of letters, digits and . _ - = , +")
+
+
+def check_global_batch(total: int, micro: int, dp: int) -> None:
+    """Raises ConfigError unless `total` sequences are whole steps of `dp` ranks with `micro` sequences each."""
+    if total % (micro * dp):
+        works = [str(n) for n in range(1, total // dp + 1) if total % (n * dp) == 0]
+        hint = (f"train.micro_batch_size that works: {', '.join(works)}" if works
+                else f"no micro-batch size works; a global batch that does: {math.ceil(total / (micro * dp)) * micro * dp}")
+        raise ConfigError("train.global_batch_size", total,
+                          f"must be a multiple of train.micro_batch_size x parallelism.dp = {micro} x {dp} = {micro * dp}; {hint}")
+
+
+def check_schedule_length(optim: Optim, total_steps: int) -> None:
+    """Raises ConfigError where a typed warm-up or decay doesn't fit a run of `total_steps` steps."""
+    if optim.warmup_steps is not None and optim.warmup_steps > total_steps:
+        raise ConfigError("optim.warmup_steps", optim.warmup_steps, f"longer than the run of {total_steps} steps; leave it null for 5 %")
+    if optim.schedule == "wsd" and optim.decay_steps is not None and optim.decay_steps + (optim.warmup_steps or 0) > total_steps:
+        raise ConfigError("optim.decay_steps", optim.decay_steps, f"warm-up and decay are longer than the run of {total_steps} steps")
+
+
+def check_fields(node: Any, prefix: str) -> None:
+    """The rules that stand beside single fields."""
+    for each in dataclasses.fields(node):
+        value, key, rule = getattr(node, each.name), prefix + each.name, each.metadata
+        if dataclasses.is_dataclass(value):
+            check_fields(value, key + ".")
+        if value is None or not rule:
+            continue
+        if rule.get("one_of") and value not in rule["one_of"]:
+            near = difflib.get_close_matches(str(value), rule["one_of"], n=1)
+            raise ConfigError(key, value, f"must be one of {', '.join(rule['one_of'])}" + (f"; did you mean {near[0]}?" if near else ""))
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            bounds = [("least", "at least", lambda a, b: a >= b), ("above", "above", lambda a, b: a > b),
+                      ("most", "at most", lambda a, b: a <= b), ("below", "below", lambda a, b: a < b)]
+            stated = [(words, rule[name]) for name, words, _ in bounds if rule.get(name) is not None]
+            if not math.isfinite(value) or any(rule.get(n) is not None and not holds(value, rule[n]) for n, _, holds in bounds):
+                raise ConfigError(key, value, "must be " + (" and ".join(f"{words} {bound:g}" for words, bound in stated) or "finite"))
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

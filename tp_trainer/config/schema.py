@@ -1,0 +1,187 @@
+"""The schema: a dataclass per configuration group, each field with its default, its meaning and the values that it may take."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    one_of: Sequence[str] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its meaning and the values that it may take (null is always let through)."""
+    metadata = {"help": help, "one_of": one_of, "least": least, "above": above, "most": most, "below": below}
+    if isinstance(default, (list, dict)):
+        kind = type(default)
+        return field(default_factory=lambda: kind(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class Recipe:
+    """What a model's group suggests for keys of other groups that the user leaves null."""
+
+    seq_length: int | None = setting(None, "tokens per row", least=1)
+    lr: float | None = setting(None, "peak learning rate", above=0)
+
+
+@dataclass
+class Model:
+    name: str | None = setting(None, "hub id or directory; given alone, it replaces the group's architecture")
+    weights: str | None = setting(
+        None, "pretrained or random; null = pretrained, random where the group names no model", one_of=("pretrained", "random")
+    )
+    architecture: dict[str, Any] = setting({}, "the numbers of a transformers config (model_type, hidden_size, ...)")
+    overrides: dict[str, Any] = setting({}, "config fields put over the architecture, e.g. model.overrides.num_hidden_layers=2")
+    trust_remote_code: bool = setting(False, "run code that comes with the model")
+    recipe: Recipe = field(default_factory=Recipe, metadata={"help": "what the group suggests for data.seq_length and optim.lr"})
+
+
+@dataclass
+class Parallelism:
+    tp: int = setting(2, "tensor-parallel degree (innermost mesh dimension)", least=1)
+    dp: int = setting(2, "data-parallel degree, replicas included", least=1)
+    dp_replicate: int = setting(1, "HSDP: how many times the sharded parameters are replicated; divides dp", least=1)
+    sequence_parallel: bool = setting(True, "split norms and the residual stream over tp along the sequence")
+    activation_checkpointing: str = setting("none", "recompute activations in the backward pass", one_of=("none", "full", "selective"))
+    compile: bool | None = setting(None, "torch.compile each block; null = on GPUs")
+    param_dtype: str | None = setting(None, "dtype of compute; null = bfloat16 on GPUs, float32 on CPU", one_of=DTYPES)
+    reduce_dtype: str | None = setting(None, "dtype of gradient reduction; null = float32", one_of=DTYPES)
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.dp
+
+    @property
+    def layout(self) -> str:
+        """The layout's short name, as the group files have it: tp2_dp2, tp2_dp4_rep2."""
+        return f"tp{self.tp}_dp{self.dp}" + (f"_rep{self.dp_replicate}" if self.dp_replicate > 1 else "")
+
+
+@dataclass
+class Data:
+    source: str = setting("embedded", "where documents come from", one_of=("embedded", "hub", "jsonl", "text", "random"))
+    name: str | None = setting(None, "hub id; for jsonl and text a file, a glob or a directory")
+    subset: str | None = setting(None, "the hub dataset's configuration")
+    split: str = setting("train", "the hub dataset's training split")
+    validation_split: str | None = setting(None, "the hub dataset's validation split; null = hold out validation_percentage")
+    validation_percentage: float = setting(5.0, "held out from the end where there is no validation split", above=0, below=100)
+    text_column: str = setting("text", "the column that holds the text")
+    percentage: float = setting(100.0, "use the first so many percent of the training documents", above=0, most=100)
+    seq_length: int | None = setting(None, "tokens per row; null = the model group's, else 2048", least=1)
+    tokenizer: str | None = setting(None, "hub id, directory or `embedded`; null = the model's own, else the embedded one")
+    shuffle: bool = setting(True, "a new order of rows in every epoch")
+    cache_dir: str | None = setting(None, "where token files are kept; null = ~/.cache/tp_trainer")
+
+
+@dataclass
+class Optim:
+    name: str = setting("adamw", "the optimizer", one_of=("adamw",))
+    lr: float | None = setting(None, "peak learning rate; null = the model group's, else 1e-5 pretrained, 3e-4 random", least=0)
+    weight_decay: float = setting(0.1, "decoupled decay; norms and biases have none", least=0)
+    betas: list[float] = setting([0.9, 0.95], "AdamW's moment decay rates, each in [0, 1)")
+    eps: float = setting(1e-8, "AdamW's epsilon", above=0)
+    schedule: str = setting("cosine", "what follows the warm-up", one_of=("cosine", "linear", "constant", "wsd"))
+    warmup_steps: int | None = setting(None, "steps of linear warm-up; null = 5 % of the run", least=0)
+    decay_steps: int | None = setting(None, "wsd: steps of the final decay; null = 10 % of the run", least=0)
+    min_lr_ratio: float = setting(0.1, "the schedule ends at this part of lr", least=0, most=1)
+
+
+@dataclass
+class Profile:
+    steps: int = setting(0, "profile so many steps (0 = none); the trace goes to <run>/profile", least=0)
+    start: int = setting(10, "steps done before the profiler starts", least=0)
+
+
+@dataclass
+class Train:
+    micro_batch_size: int = setting(4, "sequences per data-parallel rank and forward pass", least=1)
+    global_batch_size: int | None = setting(
+        None, "sequences per step; null = micro_batch_size x dp, fixed at the first start; more = gradient accumulation", least=1
+    )
+    num_epochs: int = setting(1, "passes over the data", least=1)
+    max_steps_per_epoch: int | None = setting(None, "steps after which an epoch ends; null = all", least=1)
+    max_steps: int | None = setting(None, "length of the run in steps; overrides num_epochs", least=1)
+    clip_grad_norm: float | None = setting(1.0, "clip the global gradient norm; null = don't", above=0)
+    log_interval: int = setting(10, "steps between lines of metrics.jsonl", least=1)
+    eval_interval: int | None = setting(100, "steps between evaluations; null = at the end only", least=1)
+    eval_batches: int | None = setting(None, "validation batches per evaluation; null = all", least=1)
+    deterministic: bool = setting(False, "deterministic kernels only")
+    profile: Profile = field(default_factory=Profile, metadata={"help": "the profiler"})
+
+
+@dataclass
+class Checkpoint:
+    storage_path: str = setting("outputs", "where runs live: a local or shared directory")
+    interval: int | None = setting(100, "steps between checkpoints; null = at the end only", least=1)
+    keep_last: int = setting(2, "how many checkpoints to keep", least=1)
+    resume: str = setting("auto", "auto, never, or the path of a checkpoint")
+
+
+@dataclass
+class Cluster:
+    kind: str = setting("local", "how Ray is reached", one_of=("local", "ray", "anyscale", "kuberay"))
+    address: str | None = setting(None, "ray: the running cluster's address; null = auto")
+    device: str = setting("auto", "auto = GPUs where there are any", one_of=("auto", "cpu", "gpu"))
+    num_workers: int | None = setting(None, "derived (tp x dp); where stated it must agree", least=1)
+    cpus_per_worker: float = setting(1, "CPUs that Ray reserves for each worker", above=0)
+    accelerator_type: str | None = setting(None, "the GPU model that Ray must place workers on, e.g. H100")
+    max_failures: int = setting(3, "restarts after failed workers", least=0)
+    env: dict[str, str] = setting({}, "environment of the workers; never logged")
+
+
+@dataclass
+class Tracker:
+    kind: str = setting("tensorboard", "where metrics go besides metrics.jsonl", one_of=("tensorboard", "wandb", "mlflow", "none"))
+    project: str = setting("tp_trainer", "W&B project or MLflow experiment")
+    uri: str | None = setting(None, "MLflow tracking server; null = a database in the run's directory")
+
+
+@dataclass
+class Config:
+    task: str = setting("train", "what to do", one_of=("train",))
+    dry_run: bool = setting(False, "print the composed config and the mesh, start nothing")
+    experiment_name: str | None = setting(None, "the run's directory; null = derived from every choice that matters to the result")
+    seed: int = setting(42, "of weights, order and dropout", least=0)
+    model: Model = field(default_factory=Model)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    cluster: Cluster = field(default_factory=Cluster)
+    tracker: Tracker = field(default_factory=Tracker)
+
+    @property
+    def run_dir(self) -> str:
+        """The run's directory, absolute once `resolve` has been through."""
+        return f"{self.checkpoint.storage_path.rstrip('/')}/{self.experiment_name}"
+
+
+def known_keys(kind: Any = Config, prefix: str = "") -> list[str]:
+    """Every key of the schema, dotted."""
+    keys: list[str] = []
+    for each in dataclasses.fields(kind):
+        nested = globals().get(str(each.type)) if str(each.type)[0].isupper() else None
+        keys += known_keys(nested, f"{prefix}{each.name}.") if nested else [prefix + each.name]
+    return keys
+
+
+def cache_dir(data: Data) -> Path:
+    """Where token files are kept on each node."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(data.cache_dir or f"{base}/tp_trainer").expanduser()
