@@ -211,3 +211,12 @@ def test_known_keys_are_all_leaves() -> None:
 )
 def test_the_nearest_key(typed: str, meant: str) -> None:
     assert f"did you mean {meant}?" in str(unknown_key(typed))
+
+
+def test_fewer_layers_than_a_saved_config_lists(tmp_path: Path) -> None:
+    """transformers 5 writes a type for each layer; with another number of layers that list would be wrong."""
+    saved = {**NUMBERS, "layer_types": ["full_attention"] * NUMBERS["num_hidden_layers"]}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert load({"model": {"name": str(tmp_path)}}).model.architecture["layer_types"] == saved["layer_types"]
+    shrunk = load({"model": {"name": str(tmp_path), "overrides": {"num_hidden_layers": 1}}}).model.architecture
+    assert shrunk["num_hidden_layers"] == 1 and "layer_types" not in shrunk

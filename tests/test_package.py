@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def pip(*arguments: str) -> None:
 
 def run(installed: Path, cwd: Path, *command: str) -> subprocess.CompletedProcess[str]:
     # the path's entries go before site-packages, and so before an editable install of the repository
-    env = {**os.environ, "PYTHONPATH": str(installed), "PATH": f"{installed / 'bin'}:{os.environ['PATH']}"}
+    env = {**os.environ, "PYTHONPATH": str(installed), "PATH": f"{installed / 'bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -62,3 +63,19 @@ def test_installed_wheel_composes_outside_the_repository(installed: Path, tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     assert "experiment_name" in done.stdout
     assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"
+
+
+@pytest.mark.slow
+def test_installed_wheel_trains_outside_the_repository(installed: Path, tmp_path: Path) -> None:
+    """Its own text, tokenizer and configuration; the workers import the installed package too."""
+    overrides = ["parallelism=tp2_dp1", "model.overrides.num_hidden_layers=1", "data.seq_length=32", "train.max_steps=3",
+                 "train.eval_batches=1", f"data.cache_dir={tmp_path / 'cache'}"]  # fmt: skip
+    done = run(installed, tmp_path, "tp-trainer", *overrides)
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    (run_dir,) = (tmp_path / "outputs").iterdir()
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "step_00000003", "tensorboard"} <= {path.name for path in run_dir.iterdir()}
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["world"]) == ("finished", 3, 2)
+    assert str(run_dir) in done.stdout
+    again = run(installed, tmp_path, "tp-trainer", "--config-path", str(run_dir))
+    assert again.returncode == 0 and "this run has finished" in again.stdout, again.stdout + again.stderr

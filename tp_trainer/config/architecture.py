@@ -93,6 +93,8 @@ def architecture_fields(model: Model) -> dict[str, Any]:
         raise ConfigError("model.name", None, "nothing names a model: give model=<group> or model.name=<hub id or directory>")
     else:
         fields = json.loads(_config_file(model.name).read_text())
+    if "num_hidden_layers" in model.overrides:
+        fields.pop("layer_types", None)  # one for each layer, written by transformers 5: it derives them anew
     return {**fields, **model.overrides}
 
 

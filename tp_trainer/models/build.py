@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tp_trainer.config import Config
+from tp_trainer.config import Config, ConfigError
 from tp_trainer.models.split import is_gradient_summed, split_table
 from tp_trainer.models.weights import draw_weights, find_weights, read_weights
 from tp_trainer.parallel import attention
@@ -35,9 +35,17 @@ class ParallelModel:
 
 
 def meta_model(architecture: dict[str, Any], attn_implementation: str = attention.NAME) -> PreTrainedModel:
-    """The transformers model of these config fields, in float32, on the meta device."""
+    """The transformers model of these config fields, in float32, on the meta device.
+
+    Raises:
+        ConfigError: transformers doesn't take the fields.
+    """
     fields = {key: value for key, value in architecture.items() if key not in ("model_type", "torch_dtype", "dtype")}
-    config = AutoConfig.for_model(architecture["model_type"], **fields)
+    try:
+        config = AutoConfig.for_model(architecture["model_type"], **fields)
+    except Exception as error:  # each release checks them with another class of error
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError("model.architecture", None, f"transformers doesn't take these numbers: {reason}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32)
     model.tie_weights()

@@ -1,0 +1,124 @@
+"""What the trainer is held against: transformers, torch and one process. Of tp_trainer it knows config and data only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tp_trainer.config import load
+from tp_trainer.data import Cursor, DataStream, open_data
+
+SEQ, VOCAB = 64, 512
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.05,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2", **SIZES},
+    "qwen2_tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
+    "llama": {"model_type": "llama", **SIZES},
+    "mistral": {"model_type": "mistral", **SIZES, "sliding_window": 24},
+    "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 16},
+    "qwen2_dropout": {"model_type": "qwen2", **SIZES, "attention_dropout": 0.2},
+}
+
+
+def plain_model(architecture: dict[str, Any], seed: int = 0) -> Any:
+    """transformers' model on the CPU; biases and norms are no longer 0 and 1, so that they can't be swapped unseen."""
+    fields = {key: value for key, value in architecture.items() if key != "model_type"}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture["model_type"], **fields), attn_implementation="eager")
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def saved(directory: Path, family: str) -> str:
+    """A directory with the weights of one of FAMILIES."""
+    path = directory / family
+    if not path.exists():
+        plain_model(FAMILIES[family]).save_pretrained(path)
+    return str(path)
+
+
+def settings_of(model: str | dict[str, Any], tp: int = 1, dp: int = 1, **groups: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings as a plain dictionary: random tokens, 8 sequences a step in micro-batches of 2, AdamW at a constant rate.
+
+    Args:
+        model: a directory with weights, or the architecture of a model with random ones.
+    """
+    own = {"name": model, "weights": "pretrained"} if isinstance(model, str) else {"architecture": model}
+    values: dict[str, Any] = {
+        "experiment_name": "test",
+        "model": own,
+        "parallelism": {"tp": tp, "dp": dp},
+        "data": {"source": "random", "seq_length": SEQ},
+        "optim": {"lr": 1e-3, "weight_decay": 0.1, "schedule": "constant", "warmup_steps": 0, "eps": 1e-6},
+        "train": {"micro_batch_size": 2, "global_batch_size": 8, "max_steps": 10, "clip_grad_norm": 0.5},
+    }
+    for group, changes in groups.items():
+        values[group] = {**values.get(group, {}), **changes}
+    return values
+
+
+def data_of(settings: dict[str, Any], dp_rank: int = 0, dp_size: int = 1) -> DataStream:
+    return open_data(load(settings), tokenizer="none", dp_rank=dp_rank, dp_size=dp_size, first_on_node=lambda make: make())
+
+
+def global_batches(settings: dict[str, Any], steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each step's whole batch: inputs and labels, int64 [global_batch_size, seq]."""
+    stream, cursor, out = data_of({**settings, "parallelism": {"tp": 1, "dp": 1}}), Cursor(), []
+    for _ in range(steps):
+        parts, cursor = stream.step(cursor)
+        out.append((torch.cat([part["input_ids"] for part in parts]), torch.cat([part["labels"] for part in parts])))
+    return out
+
+
+def mask_labels(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Labels of which some don't count: none, a quarter, half or three quarters of a row's, as its first token says."""
+    kept = inputs[:, :1] % 4 * (labels.shape[1] // 4)
+    return torch.where(torch.arange(labels.shape[1])[None] < kept, labels, -100)
+
+
+def is_decayed(name: str) -> bool:
+    """Norms and biases have no weight decay."""
+    return not (name.endswith("bias") or "norm" in name)
+
+
+class Reference:
+    """One process, one model, one batch."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        optim = load({**settings, "parallelism": {"tp": 1, "dp": 1}}).optim
+        name = settings["model"]["name"]
+        self.model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager", dtype=torch.float32).train()
+        self.clip = settings["train"]["clip_grad_norm"]
+        named = list(self.model.named_parameters())
+        groups = [
+            {"params": [p for n, p in named if is_decayed(n)], "weight_decay": optim.weight_decay},
+            {"params": [p for n, p in named if not is_decayed(n)], "weight_decay": 0.0},
+        ]
+        assert optim.lr
+        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+
+    def loss(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean over all labels that count."""
+        logits = self.model(input_ids=inputs, use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+    def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+        loss = self.loss(inputs, labels)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item(), float(norm)
+
+    def run(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+        losses, norms = zip(*(self.step(*batch) for batch in batches), strict=True)
+        return {"losses": losses, "norms": norms, "parameters": {n: p.detach().clone() for n, p in self.model.named_parameters()}}

@@ -1,0 +1,156 @@
+"""A few processes that stay: each runs one rank of whatever world a test asks for.
+
+torch and transformers are imported once per process, and a case pays for a process group and its own work only.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+RANKS = 4
+START_SECONDS = 240  # for imports, on a machine that is busy
+GRACE_SECONDS = 10  # for the other ranks, once one has failed
+
+
+class RankError(Exception):
+    """A rank failed, died or hung: what it was doing."""
+
+
+class RankPool:
+    """Runs functions as the ranks of gloo worlds of up to `size`, in processes that are started once."""
+
+    def __init__(self, size: int = RANKS) -> None:
+        self.size = size
+        self.directory = Path(tempfile.mkdtemp(prefix="rank-pool-"))
+        self.processes: list[Any] = []
+        self.pipes: list[Connection] = []
+        self.cases = 0
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+        """The results of `function(*args)` on the first `world` ranks, with a fresh default process group of them.
+
+        Args:
+            function: of a module's top level; it and its arguments and results are pickled.
+            timeout: seconds after which the case counts as hung. The processes are then started anew.
+
+        Raises:
+            RankError: with the traceback of the first rank that failed, or the stack of those that hang.
+        """
+        self._start()
+        self.cases += 1
+        store = str(self.directory / f"store-{self.cases}")
+        for pipe in self.pipes[:world]:
+            pipe.send_bytes(pickle.dumps((world, store, function, args)))
+        results: dict[int, Any] = {}
+        failed: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) + len(failed) < world:
+            pending = [rank for rank in range(world) if rank not in results and rank not in failed]
+            ready = wait([self.pipes[rank] for rank in pending], max(0.0, deadline - time.monotonic()))
+            for rank in pending:
+                if self.pipes[rank] in ready:
+                    try:
+                        ok, value = pickle.loads(self.pipes[rank].recv_bytes())
+                    except (EOFError, OSError):
+                        ok, value = False, f"died (exit code {self.processes[rank].exitcode})"
+                    (results if ok else failed)[rank] = value
+                    if not ok:
+                        deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            if not ready:  # out of time: with a failed rank the others can't go on, without one they hang
+                hung = "".join(f"\n--- rank {rank} hangs\n{self._stack(rank)}" for rank in pending)
+                self.stop()
+                if not failed:
+                    raise RankError(f"no answer after {timeout:g} s{hung}")
+                break
+        if failed:
+            if any("died" in value for value in failed.values()):
+                self.stop()
+            raise RankError("".join(f"\n--- rank {rank}\n{text}" for rank, text in sorted(failed.items())))
+        return [results[rank] for rank in range(world)]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+        self.processes, self.pipes = [], []
+
+    def _start(self) -> None:
+        if self.processes:
+            return
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs, str(self.directory / f"stack-{rank}")), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(START_SECONDS):
+                self.stop()
+                raise RankError(f"rank {rank} did not start within {START_SECONDS} s")
+            pipe.recv_bytes()
+
+    def _stack(self, rank: int) -> str:
+        """Where a rank is right now."""
+        path = self.directory / f"stack-{rank}"
+        os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        return path.read_text()
+
+
+def _serve(rank: int, pipe: Connection, stack_file: str) -> None:
+    """A rank's life: take a case, make the group, run it, answer."""
+    with Path(stack_file).open("w") as file:
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
+        import torch
+        import torch.distributed as dist
+        import transformers
+
+        torch.set_num_threads(1)
+        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # of gathering whole tensors: slow, it says
+        transformers.utils.logging.set_verbosity_error()
+        import tp_trainer.loop
+        import tp_trainer.models.build  # noqa: F401
+
+        pipe.send_bytes(b"ready")
+        while True:
+            try:
+                message = pipe.recv_bytes()
+            except EOFError:
+                return
+            try:
+                world, store, function, args = pickle.loads(message)
+                dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+                answer = (True, function(*args))
+                dist.barrier()  # nobody leaves while another still reads from it
+            except BaseException:
+                answer = (False, traceback.format_exc())
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            _forget_meshes()
+            pipe.send_bytes(pickle.dumps(answer))
+
+
+def _forget_meshes() -> None:
+    """DTensor remembers what it worked out for a mesh, with the groups of the mesh that was equal to it in an earlier case."""
+    from torch.distributed.tensor import DTensor, debug
+
+    if hasattr(debug, "_clear_sharding_prop_cache"):
+        debug._clear_sharding_prop_cache()
+    else:
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()

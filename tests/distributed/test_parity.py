@@ -1,0 +1,72 @@
+"""Loss, gradient norm and parameters of every layout against plain transformers in one process, in fp32."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import plain_reference
+import pytest
+from comparison import compare
+from plain_reference import Reference, global_batches, saved, settings_of
+from rank_cases import run_steps
+from rank_pool import RankPool
+
+STEPS = 10
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2_dp2": {"tp": 2, "dp": 2},
+    "tp1_dp4": {"tp": 1, "dp": 4},
+    "tp4_dp1": {"tp": 4, "dp": 1},
+    "tp2_dp1": {"tp": 2, "dp": 1},
+    "tp1_dp1": {"tp": 1, "dp": 1},
+    "tp2_dp2_rep2": {"tp": 2, "dp": 2, "dp_replicate": 2},
+    "tp2_dp2_no_sp": {"tp": 2, "dp": 2, "sequence_parallel": False},
+    "tp1_dp4_rep2": {"tp": 1, "dp": 4, "dp_replicate": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Any]:
+    return {}
+
+
+def check(ranks: RankPool, references: dict[str, Any], models: Path, family: str, layout: str) -> None:
+    settings = settings_of(saved(models, family), parallelism=LAYOUTS[layout])
+    if family not in references:
+        references[family] = Reference(settings).run(global_batches(settings, STEPS))
+    compare(ranks.run(LAYOUTS[layout]["tp"] * LAYOUTS[layout]["dp"], run_steps, settings, STEPS), references[family])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(ranks: RankPool, references: dict[str, Any], models: Path, layout: str) -> None:
+    check(ranks, references, models, "qwen2", layout)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "qwen2_tied"])
+def test_family(ranks: RankPool, references: dict[str, Any], models: Path, family: str) -> None:
+    check(ranks, references, models, family, "tp2_dp2")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_tied"])
+def test_family_without_sequence_parallelism(ranks: RankPool, references: dict[str, Any], models: Path, family: str) -> None:
+    check(ranks, references, models, family, "tp2_dp2_no_sp")
+
+
+def test_mistral_window_matters(models: Path) -> None:
+    """The reference itself sees the window: without it the losses are others, so parity can't pass by ignoring it."""
+    settings = settings_of(saved(models, "mistral"))
+    batch = global_batches(settings, 1)[0]
+    narrow, wide = Reference(settings), Reference(settings)
+    wide.model.config.sliding_window = None
+    for layer in wide.model.model.layers:
+        layer.self_attn.sliding_window = None
+    assert abs(narrow.loss(*batch).item() - wide.loss(*batch).item()) > 1e-4
+
+
+def test_the_reference_is_independent() -> None:
+    tree = ast.parse(Path(plain_reference.__file__).read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {name for name in modules if name and name.startswith("tp_trainer")} == {"tp_trainer.config", "tp_trainer.data"}

@@ -1,0 +1,144 @@
+"""One optimizer step: accumulation, the mean over label tokens, recomputation, compile, collectives."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparison import compare
+from plain_reference import FAMILIES, Reference, data_of, global_batches, mask_labels, saved, settings_of
+from rank_cases import count_operations, run_steps, trainer
+from rank_pool import RankPool
+
+from tp_trainer.data import Cursor
+
+
+@pytest.mark.parametrize("micro", [2, 8])
+def test_accumulation_is_one_large_batch(ranks: RankPool, models: Path, micro: int) -> None:
+    train = {"global_batch_size": 16, "micro_batch_size": micro, "clip_grad_norm": 0.5}
+    settings = settings_of(saved(models, "qwen2"), parallelism={"tp": 1, "dp": 2}, train=train)
+    assert len(data_of(settings, 0, 2).step(Cursor())[0]) == 8 // micro
+    compare(ranks.run(2, run_steps, settings, 3), Reference(settings).run(global_batches(settings, 3)))
+
+
+def test_loss_is_the_mean_over_labels_wherever_they_lie(ranks: RankPool, models: Path) -> None:
+    settings = settings_of(saved(models, "qwen2"), 2, 2, train={"micro_batch_size": 1, "global_batch_size": 8})
+    batches = [(inputs, mask_labels(inputs, labels)) for inputs, labels in global_batches(settings, 4)]
+    rows = [(labels != -100).sum(1) for _, labels in batches]
+    assert any(0 in row for row in rows), "no micro-batch without labels"
+    assert any(row[0::2].sum() != row[1::2].sum() for row in rows), "ranks hold equally many labels"
+    compare(ranks.run(4, run_steps, settings, 4, True), Reference(settings).run(batches))
+
+
+# ------------------------------------------------------------------------------------------------------ recomputation
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_recomputation_changes_no_number(ranks: RankPool, models: Path, kind: str) -> None:
+    settings = settings_of(saved(models, "qwen2"), parallelism={"tp": 2, "dp": 2, "activation_checkpointing": kind})
+    compare(ranks.run(4, run_steps, settings, 3), Reference(settings).run(global_batches(settings, 3)))
+
+
+def one_micro_batch(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a forward and a backward pass of one micro-batch do."""
+    made = trainer(settings)
+    calls: list[int] = []
+    for layer in made.model.module.model.layers:
+        layer.mlp.act_fn.register_forward_pre_hook(lambda *_: calls.append(1))
+    batch = made.data.step(Cursor())[0][0]
+    forward, watch_forward = count_operations()
+    backward, watch_backward = count_operations()
+    kept = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with watch_forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = made.model.module(batch["input_ids"], batch["labels"])
+    calls_forward = len(calls)
+    with watch_backward:
+        loss.backward()
+    gradients = [p.grad.to_local().clone() for p in made.model.parameters]
+    return {"calls": (calls_forward, len(calls)), "kept": kept, "forward": forward, "backward": backward, "gradients": gradients}
+
+
+def products(counts: dict[str, int]) -> int:
+    return counts["aten.mm.default"] + counts["aten.addmm.default"]
+
+
+def test_what_is_recomputed(ranks: RankPool, models: Path) -> None:
+    got = {}
+    for kind in ("none", "selective", "full"):
+        parallelism = {"tp": 2, "dp": 2, "activation_checkpointing": kind}
+        got[kind] = ranks.run(4, one_micro_batch, settings_of(saved(models, "qwen2_dropout"), parallelism=parallelism))[0]
+    none, selective, full = got["none"], got["selective"], got["full"]
+    assert none["calls"] == (2, 2) and selective["calls"] == (2, 4) and full["calls"] == (2, 4)  # 2 layers
+    assert full["kept"] < 0.5 * none["kept"]
+    assert products(full["backward"]) == products(none["backward"]) + 2 * 7 - 2  # the last product of a layer isn't needed again
+    assert products(selective["backward"]) == products(none["backward"])
+    scatters = "_c10d_functional.reduce_scatter_tensor.default"
+    assert selective["backward"][scatters] == none["backward"][scatters] < full["backward"][scatters]
+    for kind in ("selective", "full"):  # with dropout: the same draws again
+        assert all(torch.equal(a, b) for a, b in zip(none["gradients"], got[kind]["gradients"], strict=True))
+
+
+def compiled_steps(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    out = run_steps(settings, steps)
+    out["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    torch._dynamo.reset()
+    return out
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_compile_changes_no_number(ranks: RankPool, models: Path) -> None:
+    settings = settings_of(saved(models, "qwen2"), parallelism={"tp": 2, "dp": 1, "compile": True})
+    results = ranks.run(2, compiled_steps, settings, 3, timeout=400)
+    assert results[0]["graphs"] >= 1
+    compare(results, Reference(settings).run(global_batches(settings, 3)))
+
+
+# -------------------------------------------------------------------------------------------------------- collectives
+
+
+def collectives(settings: dict[str, Any]) -> dict[str, int]:
+    """How many of each kind one optimizer step calls: tensor parallelism's as tp.*, FSDP's and the step's own as dp.*"""
+    made = trainer(settings)
+    made.step()  # FSDP sets itself up in the first one
+    counts, watch = count_operations()
+    with watch:
+        made.step()
+    names = {"_c10d_functional": "tp", "c10d": "dp"}
+    kinds = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter", "_allgather_base_": "all_gather",
+             "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}  # fmt: skip
+    out = {}
+    for name, number in counts.items():
+        space, kind = name.split(".")[:2]
+        if space in names and kind != "wait_tensor":
+            out[f"{names[space]}.{kinds.get(kind, kind)}"] = number
+    return out
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_number_of_collectives(ranks: RankPool, layers: int) -> None:
+    architecture = {**FAMILIES["qwen2"], "num_hidden_layers": layers}
+    settings = settings_of(architecture, 2, 2, train={"micro_batch_size": 4})
+    assert ranks.run(4, collectives, settings) == [{
+        "tp.all_gather": 2 * (2 * layers + 1),  # into each attention and MLP and the head; in backward: row layers, embedding
+        "tp.reduce_scatter": 2 * (2 * layers + 1),  # their mirror image
+        "tp.all_reduce": 2,  # the loss: the maximum, the sum
+        "dp.all_gather": 2 * (layers + 2),  # each layer, the embedding, final norm with head; forward and backward
+        "dp.reduce_scatter": layers + 2,
+        "dp.all_reduce": 5,  # labels, loss, gradients of replicated parameters in one, norm over dp, over tp
+    }] * 4  # fmt: skip
+
+
+def test_number_of_collectives_without_tensor_parallelism(ranks: RankPool) -> None:
+    settings = settings_of(FAMILIES["qwen2"], 1, 2, train={"micro_batch_size": 4})
+    assert ranks.run(2, collectives, settings) == [{"dp.all_gather": 2 * (2 + 2), "dp.reduce_scatter": 2 + 2, "dp.all_reduce": 3}] * 2
