@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,13 +150,6 @@ def test_tiny_is_small() -> None:
     numbers = architecture(loaded())
     assert 1.5e6 < numbers.num_parameters < 2.5e6
     assert numbers.tp_degrees() == [1, 2, 4]
-
-
-def test_nothing_here_imported_ray() -> None:
-    if "ray" in sys.modules:
-        pytest.skip("another test did")
-    loaded()
-    assert "ray" not in sys.modules
 
 
 def test_each_file_says_what_it_is() -> None:

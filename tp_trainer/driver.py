@@ -239,9 +239,11 @@ def _ray(config: Config) -> Iterator[None]:
 
 def _check_answers(address: str | None) -> None:
     """Refuse an address where nothing listens: Ray itself would try for minutes."""
+    if address is None:
+        return
     try:
-        parts = urlsplit(address if "://" in str(address) else f"//{address}")
-        if address is None or parts.hostname is None or parts.port is None:  # auto, or a scheme with ways of its own
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        if parts.hostname is None or parts.port is None:  # auto, or a scheme with ways of its own
             return
         with socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_SECONDS):
             pass
@@ -253,19 +255,29 @@ _owns_ray: list[bool] = []  # whether this process started the Ray that it uses
 
 
 def _check_capacity(config: Config) -> None:
-    """Refuse what Ray would wait for without end: more workers than the cluster has CPUs or GPUs."""
+    """Refuse what Ray would wait for without end: more workers than the cluster has CPUs or GPUs.
+
+    Nodes of a cluster that is still growing are waited for, `cluster.wait_seconds` at most.
+    """
     import ray
 
-    have, world = ray.cluster_resources(), config.parallelism.world_size
-    gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 0)
-    if config.cluster.device == "gpu" and gpus == 0:
+    cluster, world, layout = config.cluster, config.parallelism.world_size, config.parallelism.layout
+    deadline = time.monotonic() + cluster.wait_seconds
+    while True:
+        have = ray.cluster_resources()
+        gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 0)
+        enough_gpus = gpus >= world or cluster.device == "cpu" or (cluster.device == "auto" and gpus == 0)
+        if (enough_gpus and cpus >= world * cluster.cpus_per_worker) or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    if cluster.device == "gpu" and gpus == 0:
         raise ConfigError("cluster.device", "gpu", "the cluster has no GPU; give cluster.device=cpu")
-    if config.cluster.device != "cpu" and 0 < gpus < world:
-        raise ConfigError("parallelism", config.parallelism.layout, f"needs {world} GPUs, the cluster has {gpus}")
-    config.cluster.device = "gpu" if gpus and config.cluster.device != "cpu" else "cpu"
-    if cpus < world * config.cluster.cpus_per_worker:
-        raise ConfigError("parallelism", config.parallelism.layout,
-                          f"needs {world} workers with {config.cluster.cpus_per_worker:g} CPUs each, the cluster has {cpus:g} CPUs")
+    if not enough_gpus:
+        raise ConfigError("parallelism", layout, f"needs {world} GPUs, the cluster has {gpus}")
+    cluster.device = "gpu" if gpus and cluster.device != "cpu" else "cpu"
+    if cpus < world * cluster.cpus_per_worker:
+        raise ConfigError("parallelism", layout,
+                          f"needs {world} workers with {cluster.cpus_per_worker:g} CPUs each, the cluster has {cpus:g} CPUs")
 
 
 class Progress:

@@ -140,6 +140,7 @@ class Cluster:
     num_workers: int | None = setting(None, "derived (tp x dp); where stated it must agree", least=1)
     cpus_per_worker: float = setting(1, "CPUs that Ray reserves for each worker", above=0)
     accelerator_type: str | None = setting(None, "the GPU model that Ray must place workers on, e.g. H100")
+    wait_seconds: float = setting(0, "how long to wait until a growing cluster has the workers' CPUs and GPUs", least=0)
     max_failures: int = setting(3, "restarts after failed workers", least=0)
     env: dict[str, str] = setting({}, "environment of the workers; never logged")
 
