@@ -35,7 +35,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from tp_trainer.config import RUN_LENGTH, Config, ConfigError, Parallelism, known_keys, load, nearest, plain, translate, unknown_key
+from tp_trainer.config import (
+    RUN_LENGTH,
+    Config,
+    ConfigError,
+    Parallelism,
+    known_keys,
+    load,
+    nearest,
+    plain,
+    translate,
+    unknown_key,
+)
 
 if TYPE_CHECKING:
     import argparse

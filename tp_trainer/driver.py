@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,17 @@ from urllib.parse import urlsplit
 
 import tp_trainer
 from tp_trainer.checkpoint.store import Found, Store, at, launch_file
-from tp_trainer.config import RUN_LENGTH, Config, ConfigError, architecture, check_global_batch, check_same_run, plain, to_yaml
+from tp_trainer.config import (
+    RUN_LENGTH,
+    SWEEP_WORKERS,
+    Config,
+    ConfigError,
+    architecture,
+    check_global_batch,
+    check_same_run,
+    plain,
+    to_yaml,
+)
 from tp_trainer.data.sources import absolute, check_source
 from tp_trainer.data.tokens import choose_tokenizer
 from tp_trainer.tracker import check_tracker
@@ -56,12 +67,14 @@ def train(config: Config) -> dict[str, Any]:
         return finished
     if notice:
         view.update({"event": notice})
-    if config.checkpoint.resume == "never":
-        _set_aside(config, store, view)
     launch = uuid.uuid4().hex[:12]
+    view.update({"event": f"{config.experiment_name}: starting Ray and {config.parallelism.world_size} workers"})
     with _sigterm_exits(), _ray(config):
         _check_capacity(config)
+        if config.checkpoint.resume == "never":
+            _set_aside(config, store, view)
         store.write_text("config.yaml", to_yaml(config))
+        store.remove_all(launch_file("*"))  # what killed drivers left
         store.write_text(launch_file(launch), "")
         try:
             summary = _fit(config, tokenizer, launch, began, store, view)
@@ -88,6 +101,7 @@ def prepare(config: Config) -> tuple[Config, str, str | None, Store]:
     _check_device(config)
     store = _open_store(config)
     _settle_global_batch(config, store)
+    _check_writable(config, store)
     return config, tokenizer, notice, store
 
 
@@ -131,17 +145,22 @@ def _free_memory() -> int | None:
 
 
 def _open_store(config: Config) -> Store:
-    """The run's directory, made and seen to be writable."""
-    probe = f".writable-{uuid.uuid4().hex[:8]}"
     try:
-        store = Store(config.run_dir)
-        store.write_text(probe, "")
-        store.remove(probe)
+        return Store(config.run_dir)
     except ImportError as error:  # fsspec names the package for this kind of URL
         raise ConfigError("checkpoint.storage_path", config.checkpoint.storage_path, f"needs a package: {error}") from error
+    except ValueError as error:
+        raise ConfigError("checkpoint.storage_path", config.checkpoint.storage_path, f"no such kind of storage ({error})") from error
+
+
+def _check_writable(config: Config, store: Store) -> None:
+    """Makes the run's directory, and a file in it for a moment."""
+    probe = f".writable-{uuid.uuid4().hex[:8]}"
+    try:
+        store.write_text(probe, "")
+        store.remove(probe)
     except Exception as error:  # every file system has its own
         raise ConfigError("checkpoint.storage_path", config.checkpoint.storage_path, f"not writable ({error})") from error
-    return store
 
 
 def _settle_global_batch(config: Config, store: Store) -> None:
@@ -211,12 +230,13 @@ def _ray(config: Config) -> Iterator[None]:
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    cluster, needed = config.cluster, config.parallelism.world_size * config.cluster.cpus_per_worker
+    workers = max(config.parallelism.world_size, int(os.environ.get(SWEEP_WORKERS, 0)))  # one Ray for all jobs of a sweep
+    cluster, needed = config.cluster, workers * config.cluster.cpus_per_worker
     if ray.is_initialized() and _owns_ray and ray.cluster_resources().get("CPU", 0) < needed:
-        ray.shutdown()  # a sweep's earlier jobs were smaller
+        ray.shutdown()  # a job after a smaller one, that no sweep foresaw
     if not ray.is_initialized():
         if cluster.kind == "local" and not _inside_ray_job():
-            cores = max(os.cpu_count() or 1, int(-(-needed // 1)))
+            cores = max(os.cpu_count() or 1, math.ceil(needed))
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)
             _owns_ray.append(True)
         else:

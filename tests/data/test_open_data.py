@@ -54,8 +54,15 @@ def test_evaluation_counts_each_validation_label_once(tmp_path, dp_size: int) ->
     assert len({len(part) for part in parts}) == 1
     labels = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for part in parts for batch in part)
     assert labels == len(ranks[0].validation) * 128
-    limited = stream(config(tmp_path, train={"eval_batches": 3}), 0, dp_size)
-    assert len(list(limited.evaluation())) == 3
+
+
+@pytest.mark.parametrize(("dp_size", "micro"), [(1, 8), (2, 4), (4, 1), (3, 4)])
+def test_limited_evaluation_takes_the_same_rows_in_every_layout(tmp_path, dp_size: int, micro: int) -> None:
+    limited = config(tmp_path, train={"eval_batches": 2, "global_batch_size": 24 if dp_size == 3 else 16, "micro_batch_size": micro})
+    rows = 2 * (24 if dp_size == 3 else 16)
+    parts = [batch["input_ids"] for rank in range(dp_size) for batch in stream(limited, rank, dp_size).evaluation()]
+    seen = [tuple(row.tolist()) for part in parts for row in part if row.any()]  # filled-up rows are zeros
+    assert sorted(seen) == sorted(tuple(row.tolist()) for row in stream(limited).validation.batch(range(rows))["input_ids"])
 
 
 def test_length_of_a_run(tmp_path) -> None:

@@ -93,16 +93,9 @@ def test_too_few_rows() -> None:
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 23, 24])
 @pytest.mark.parametrize(("dp_size", "micro"), [(1, 1), (1, 8), (2, 4), (4, 2), (3, 4)])
 def test_evaluation_covers_each_row_once_with_equal_counts(rows: int, dp_size: int, micro: int) -> None:
-    ranks = [evaluation_batches(rows, rank, dp_size, micro, None) for rank in range(dp_size)]
+    ranks = [evaluation_batches(rows, rank, dp_size, micro) for rank in range(dp_size)]
     assert len({len(rank) for rank in ranks}) == 1
     assert all(len(part) == micro for rank in ranks for part in rank)
     indices = [index for rank in ranks for part in rank for index in part]
     assert sorted(index for index in indices if index != -1) == list(range(rows))
     assert indices.count(-1) < dp_size * micro
-
-
-@pytest.mark.parametrize(("dp_size", "micro"), [(1, 8), (2, 4), (4, 2)])
-def test_limited_evaluation_takes_the_first_rows_whatever_the_layout(dp_size: int, micro: int) -> None:
-    ranks = [evaluation_batches(100, rank, dp_size, micro, 3) for rank in range(dp_size)]
-    assert sorted(index for rank in ranks for part in rank for index in part) == list(range(24))
-    assert [len(rank) for rank in ranks] == [3] * dp_size

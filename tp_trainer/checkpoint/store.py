@@ -88,6 +88,12 @@ class Store:
         if self.exists(name):
             self.fs.rm(f"{self.root}/{name}", recursive=True)
 
+    def remove_all(self, pattern: str) -> None:
+        """Remove the files of the run's directory that match a pattern of file names."""
+        self.fs.invalidate_cache()
+        for path in self.fs.glob(f"{self.root}/{pattern}"):
+            self.fs.rm(path)
+
     def step_names(self) -> list[str]:
         """Every directory that is named like a checkpoint, oldest first."""
         self.fs.invalidate_cache()

@@ -42,6 +42,8 @@ def plain(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+SWEEP_WORKERS = "TP_TRAINER_SWEEP_WORKERS"  # environment: the most workers that any job of this sweep has (cli -> driver)
+
 HYDRA: dict[str, Any] = {
     "job": {"name": "tp_trainer", "chdir": False},
     "run": {"dir": "."},

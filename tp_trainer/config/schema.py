@@ -119,7 +119,7 @@ class Train:
     clip_grad_norm: float | None = setting(1.0, "clip the global gradient norm; null = don't", above=0)
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", least=1)
     eval_interval: int | None = setting(100, "steps between evaluations; null = at the end only", least=1)
-    eval_batches: int | None = setting(None, "validation batches per evaluation; null = all", least=1)
+    eval_batches: int | None = setting(None, "global batches of validation rows per evaluation; null = all", least=1)
     deterministic: bool = setting(False, "deterministic kernels only")
     profile: Profile = field(default_factory=Profile, metadata={"help": "the profiler"})
 

@@ -45,7 +45,8 @@ class DataStream:
 
     def evaluation(self) -> Iterator[dict[str, torch.Tensor]]:
         """This rank's micro-batches of one evaluation, as many on every rank; some may hold no label that counts."""
-        for part in evaluation_batches(len(self.validation), self.dp_rank, self.dp_size, self.micro_batch_size, self.eval_batches):
+        rows = len(self.validation) if self.eval_batches is None else self.eval_batches * self.order.global_batch_size
+        for part in evaluation_batches(min(rows, len(self.validation)), self.dp_rank, self.dp_size, self.micro_batch_size):
             yield self.validation.batch(part)
 
     def total_steps(self, train: Train) -> int:

@@ -6,7 +6,6 @@ another layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,13 +64,8 @@ def micro_batches(indices: np.ndarray, dp_rank: int, dp_size: int, micro_batch_s
     return [mine[start : start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)]
 
 
-def evaluation_batches(rows: int, dp_rank: int, dp_size: int, micro_batch_size: int, limit: int | None) -> list[list[int]]:
-    """One rank's micro-batches of an evaluation: as many and as large on every rank, filled up with index -1.
-
-    Over all ranks each row occurs once, or the first `limit` x dp_size x micro_batch_size rows do.
-    """
+def evaluation_batches(rows: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[list[int]]:
+    """One rank's micro-batches of an evaluation of `rows` rows: as many and as large on every rank, filled up with index -1."""
     across = dp_size * micro_batch_size
-    number = -(-rows // across)
-    indices: Sequence[int] = range((number if limit is None else min(limit, number)) * across)
-    mine = [index if index < rows else -1 for index in indices[dp_rank::dp_size]]
+    mine = [index if index < rows else -1 for index in range(-(-rows // across) * across)[dp_rank::dp_size]]
     return [mine[start : start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)]
