@@ -68,9 +68,9 @@ def train(config: Config) -> dict[str, Any]:
     if notice:
         view.update({"event": notice})
     launch = uuid.uuid4().hex[:12]
-    view.update({"event": f"{config.experiment_name}: starting Ray and {config.parallelism.world_size} workers"})
     with _sigterm_exits(), _ray(config):
         _check_capacity(config)
+        view.update({"event": f"starting {config.parallelism.world_size} {config.cluster.device} workers"})
         if config.checkpoint.resume == "never":
             _set_aside(config, store, view)
         store.write_text("config.yaml", to_yaml(config))

@@ -33,9 +33,15 @@ class Ended:
     out: str
     err: str
     seconds: float
+    cpu_seconds: float  # what it took of the processors, whatever else they had to do
 
     def __str__(self) -> str:
         return f"exit {self.code} after {self.seconds:.1f} s\n--- stdout\n{self.out}--- stderr\n{self.err}"
+
+
+def _children() -> float:
+    """Processor seconds of all child processes that have ended."""
+    return sum(os.times()[2:4])
 
 
 class Running:
@@ -43,7 +49,7 @@ class Running:
 
     def __init__(self, command: list[str], cwd: Path, env: dict[str, str]) -> None:
         self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115  # closed by wait()
-        self.began = time.monotonic()
+        self.began, self.used = time.monotonic(), _children()
         self.process = subprocess.Popen(
             command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=self.files[0], stderr=self.files[1], start_new_session=True
         )
@@ -66,7 +72,7 @@ class Running:
             file.seek(0)
             texts.append(file.read())
             file.close()
-        ended = Ended(code if code >= 0 else 128 - code, texts[0], texts[1], time.monotonic() - self.began)
+        ended = Ended(code if code >= 0 else 128 - code, texts[0], texts[1], time.monotonic() - self.began, _children() - self.used)
         assert not late, f"still running after {timeout} s: {ended}"
         return ended
 
