@@ -49,6 +49,18 @@ def test_family(ranks: RankPool, references: dict[str, Any], models: Path, famil
     check(ranks, references, models, family, "tp2_dp2")
 
 
+MORE = [
+    "llama_biases", "llama3_rope", "yarn", "dynamic", "one_kv_head", "two_kv_heads", "odd_vocabulary", "odd_vocabulary_tied", "smollm3",
+    "gemma", "gemma2", "gemma3_text", "phi3", "phi3_kv2", "olmo2", "granite", "glm4", "cohere2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["tp2_dp2", "tp4_dp1"])
+@pytest.mark.parametrize("family", MORE)
+def test_more_families(ranks: RankPool, references: dict[str, Any], models: Path, family: str, layout: str) -> None:
+    check(ranks, references, models, family, layout)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_tied"])
 def test_family_without_sequence_parallelism(ranks: RankPool, references: dict[str, Any], models: Path, family: str) -> None:
     check(ranks, references, models, family, "tp2_dp2_no_sp")
