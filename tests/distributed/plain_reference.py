@@ -34,6 +34,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "two_kv_heads": {"model_type": "qwen2", **SIZES, "num_key_value_heads": 2},
     "odd_vocabulary": {"model_type": "qwen2", **SIZES, "vocab_size": 509},
     "odd_vocabulary_tied": {"model_type": "qwen2", **SIZES, "vocab_size": 509, "tie_word_embeddings": True},
+    "nine_heads": {"model_type": "llama", **SIZES, "vocab_size": 512, "hidden_size": 72, "intermediate_size": 96,
+                   "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
     "smollm3": {"model_type": "smollm3", **SIZES, "no_rope_layers": [1, 0], "pad_token_id": 0},
     "gemma": {"model_type": "gemma", **SIZES, "head_dim": 16},
     "gemma2": {"model_type": "gemma2", **SIZES, "head_dim": 16, "sliding_window": 24, "attn_logit_softcapping": 2.0,
