@@ -149,7 +149,7 @@ def test_architectures_are_the_real_ones(option: str) -> None:
 def test_tiny_is_small() -> None:
     numbers = architecture(loaded())
     assert 1.5e6 < numbers.num_parameters < 2.5e6
-    assert numbers.tp_degrees() == [1, 2, 4]
+    assert numbers.tp_degrees() == [1, 2, 4, 8]
 
 
 def test_each_file_says_what_it_is() -> None:

@@ -148,7 +148,7 @@ def test_the_derived_name_stays_whatever_the_place_and_the_length(change: dict[s
         ({"optim__betas": [0.9]}, "optim.betas=[0.9]: must be two numbers"),
         ({"optim__schedule": "wsd", "optim__decay_steps": 9, "optim__warmup_steps": 2, "train__max_steps": 10}, "optim.decay_steps=9:"),
         ({"parallelism__dp_replicate": 2, "parallelism__dp": 3}, "parallelism.dp_replicate=2: must divide parallelism.dp=3; allowed: 1, 3"),
-        ({"parallelism__tp": 8}, "degrees that do: 1, 2, 4"),
+        ({"parallelism__tp": 16}, "degrees that do: 1, 2, 4, 8"),
         ({"model__overrides": {"num_attention_heads": 12, "hidden_size": 96}, "parallelism__tp": 8}, "12 heads"),
         ({"model__overrides": {"num_experts": 8}}, "mixture of 8 experts"),
         ({"model__overrides": {"hidden_size": "big"}}, "hidden_size is 'big', not a whole number"),
@@ -220,3 +220,13 @@ def test_fewer_layers_than_a_saved_config_lists(tmp_path: Path) -> None:
     assert load({"model": {"name": str(tmp_path)}}).model.architecture["layer_types"] == saved["layer_types"]
     shrunk = load({"model": {"name": str(tmp_path), "overrides": {"num_hidden_layers": 1}}}).model.architecture
     assert shrunk["num_hidden_layers"] == 1 and "layer_types" not in shrunk
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "intermediate", "degrees"),
+    [(9, 3, 1536, [1, 3]), (32, 8, 14336, [1, 2, 4, 8, 16, 32]), (8, 1, 384, [1, 2, 4, 8]), (12, 3, 384, [1, 3, 6, 12]), (14, 2, 4864, [1, 2])],
+)
+def test_degrees(heads: int, kv_heads: int, intermediate: int, degrees: list[int]) -> None:
+    """Heads and intermediate size divided; key/value heads divided or replicated; any vocabulary."""
+    numbers = {**NUMBERS, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "vocab_size": 509}
+    assert Architecture.of(numbers, "it").tp_degrees() == degrees

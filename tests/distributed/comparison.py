@@ -14,7 +14,7 @@ def compare(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     for each in results:
         assert each["losses"] == results[0]["losses"] and each["norms"] == results[0]["norms"], "ranks disagree"
     got = results[0]
-    assert min(expected["norms"]) > 0.5, "clipping is not active"
+    assert min(expected["norms"]) > 0.1, "clipping is not active"
     assert got["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE, abs=0)
     assert got["norms"] == pytest.approx(expected["norms"], rel=TOLERANCE, abs=0)
     assert set(got["parameters"]) == set(expected["parameters"])

@@ -23,6 +23,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SIZES},
     "mistral": {"model_type": "mistral", **SIZES, "sliding_window": 24},
     "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 16},
+    "llama_biases": {"model_type": "llama", **SIZES, "attention_bias": True, "mlp_bias": True},
+    "llama3_rope": {"model_type": "llama", **SIZES, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32}},
+    "yarn": {"model_type": "qwen3", **SIZES, "head_dim": 16, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}},
+    "dynamic": {"model_type": "llama", **SIZES, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+    "one_kv_head": {"model_type": "llama", **SIZES, "num_key_value_heads": 1},
+    "two_kv_heads": {"model_type": "qwen2", **SIZES, "num_key_value_heads": 2},
+    "odd_vocabulary": {"model_type": "qwen2", **SIZES, "vocab_size": 509},
+    "odd_vocabulary_tied": {"model_type": "qwen2", **SIZES, "vocab_size": 509, "tie_word_embeddings": True},
+    "nine_heads": {"model_type": "llama", **SIZES, "vocab_size": 512, "hidden_size": 72, "intermediate_size": 96,
+                   "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "smollm3": {"model_type": "smollm3", **SIZES, "no_rope_layers": [1, 0], "pad_token_id": 0},
+    "gemma": {"model_type": "gemma", **SIZES, "head_dim": 16},
+    "gemma2": {"model_type": "gemma2", **SIZES, "head_dim": 16, "sliding_window": 24, "attn_logit_softcapping": 2.0,
+               "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"model_type": "gemma3_text", **SIZES, "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 32,
+                    "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"model_type": "phi3", **SIZES, "pad_token_id": 0, "sliding_window": 24},
+    "phi3_kv2": {"model_type": "phi3", **SIZES, "pad_token_id": 0, "num_key_value_heads": 2},
+    "olmo2": {"model_type": "olmo2", **SIZES},
+    "granite": {"model_type": "granite", **SIZES, "logits_scaling": 4.0, "embedding_multiplier": 6.0, "residual_multiplier": 0.3,
+                "attention_multiplier": 0.2},
+    "glm4": {"model_type": "glm4", **SIZES, "head_dim": 16, "partial_rotary_factor": 0.5, "attention_bias": True, "pad_token_id": 0},
+    "cohere2": {"model_type": "cohere2", **SIZES, "sliding_window": 24, "logit_scale": 0.25,
+                "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0},
     "qwen2_dropout": {"model_type": "qwen2", **SIZES, "attention_dropout": 0.2},
 }
 
@@ -59,7 +86,7 @@ def settings_of(model: str | dict[str, Any], tp: int = 1, dp: int = 1, **groups:
         "parallelism": {"tp": tp, "dp": dp},
         "data": {"source": "random", "seq_length": SEQ},
         "optim": {"lr": 1e-3, "weight_decay": 0.1, "schedule": "constant", "warmup_steps": 0, "eps": 1e-6},
-        "train": {"micro_batch_size": 2, "global_batch_size": 8, "max_steps": 10, "clip_grad_norm": 0.5},
+        "train": {"micro_batch_size": 2, "global_batch_size": 8, "max_steps": 10, "clip_grad_norm": 0.1},
     }
     for group, changes in groups.items():
         values[group] = {**values.get(group, {}), **changes}

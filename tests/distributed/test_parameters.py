@@ -22,7 +22,7 @@ def digest(parameters: dict[str, torch.Tensor]) -> dict[str, tuple[float, float,
     return {name: (p.mean().item(), p.std().item(), p.abs().max().item()) for name, p in parameters.items()}
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "qwen3", "odd_vocabulary", "phi3", "gemma2", "olmo2", "one_kv_head"])
 def test_random_weights_do_not_depend_on_the_layout(ranks: RankPool, family: str) -> None:
     one = ranks.run(1, built, settings_of(FAMILIES[family]))[0]
     for layout in ({"tp": 2, "dp": 2}, {"tp": 4, "dp": 1}, {"tp": 2, "dp": 2, "dp_replicate": 2}, {"tp": 1, "dp": 2}):

@@ -64,7 +64,7 @@ SAVED = {"tp": 2, "dp": 2}
 OTHERS = [{"tp": 2, "dp": 2}, {"tp": 4, "dp": 1}, {"tp": 1, "dp": 4}, {"tp": 1, "dp": 1}, {"tp": 2, "dp": 2, "dp_replicate": 2}]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "odd_vocabulary_tied", "one_kv_head", "phi3", "olmo2", "gemma3_text"])
 def test_another_layout_has_exactly_the_same_state(ranks: RankPool, tmp_path: Path, family: str) -> None:
     run_dir = str(tmp_path / "run")
     before = ranks.run(4, save_after_three, settings_of(FAMILIES[family], parallelism=SAVED), run_dir)[0]

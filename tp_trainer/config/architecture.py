@@ -76,9 +76,10 @@ class Architecture:
         return self.num_hidden_layers * (attention + mlp) + tables * self.vocab_size * self.hidden_size
 
     def tp_degrees(self) -> list[int]:
-        """The tensor-parallel degrees that divide heads, key/value heads, intermediate size and vocabulary."""
-        common = math.gcd(self.num_attention_heads, self.num_key_value_heads, self.intermediate_size, self.vocab_size)
-        return [n for n in range(1, common + 1) if common % n == 0]
+        """The tensor-parallel degrees that work: they divide heads and intermediate size, and divide or are a multiple of
+        the key/value heads (which are then replicated). The vocabulary may be split unevenly."""
+        common, kv = math.gcd(self.num_attention_heads, self.intermediate_size), self.num_key_value_heads
+        return [n for n in range(1, common + 1) if common % n == 0 and (kv % n == 0 or n % kv == 0)]
 
 
 def architecture_fields(model: Model) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from tp_trainer.config.architecture import architecture
 from tp_trainer.config.errors import ConfigError
 from tp_trainer.config.schema import Config, Optim
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3",
+)  # fmt: skip
 """transformers' model types whose training was held against plain transformers (tests/distributed)."""
 
 
@@ -27,8 +29,8 @@ def check(config: Config) -> None:
     if parallelism.tp not in degrees:
         raise ConfigError(
             "parallelism.tp", parallelism.tp,
-            f"must divide the model's {numbers.num_attention_heads} heads, {numbers.num_key_value_heads} key/value heads, "
-            f"intermediate size {numbers.intermediate_size} and vocabulary {numbers.vocab_size}; "
+            f"must divide the model's {numbers.num_attention_heads} heads and intermediate size {numbers.intermediate_size}, and divide "
+            f"or be a multiple of its {numbers.num_key_value_heads} key/value heads; "
             f"degrees that do: {', '.join(map(str, degrees))}",
         )  # fmt: skip
     if parallelism.dp % parallelism.dp_replicate:

@@ -19,7 +19,7 @@ from tp_trainer.parallel import attention
 from tp_trainer.parallel.collectives import TensorRegion
 from tp_trainer.parallel.mesh import Mesh
 from tp_trainer.parallel.shard import shard
-from tp_trainer.parallel.tensor import Role, apply_tensor_parallel
+from tp_trainer.parallel.tensor import apply_tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def build_model(config: Config, mesh: Mesh, first_on_node: Callable[[Callable[[]
     """
     parallelism = config.parallelism
     model = meta_model(config.model.architecture)
-    roles = split_table(model)
+    table = split_table(model, mesh.tp_size)
     region = TensorRegion(mesh.tp_group_name, mesh.tp_size, mesh.tp_rank, parallelism.sequence_parallel)
-    apply_tensor_parallel(model, roles, mesh.tp, region)
+    apply_tensor_parallel(model, table, mesh.tp, region)
     model.forward = partial(_loss, model)
     decoder, head, embedding = model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embedding.weight
@@ -80,7 +80,7 @@ def build_model(config: Config, mesh: Mesh, first_on_node: Callable[[Callable[[]
     else:
         draw_weights(model, meta_model(config.model.architecture), config.seed, mesh.device)
     model.train()
-    return ParallelModel(model, [p for n, p in model.named_parameters() if is_gradient_summed(n, roles, region.sequence_parallel)])
+    return ParallelModel(model, [p for n, p in model.named_parameters() if is_gradient_summed(n, table, region.sequence_parallel)])
 
 
 def _loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -94,13 +94,15 @@ def _loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor)
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Buffers are empty after `to_empty`: take them from a new module of the same class (rotary frequencies)."""
+    """Buffers are empty after `to_empty`: scales are kept as numbers too, the rest comes from a new module of the same class."""
     for module in model.modules():
         own = dict(module.named_buffers(recurse=False))
+        if "embed_scale" in own:
+            own.pop("embed_scale").fill_(module.scalar_embed_scale)
         if own:
             fresh = dict(type(module)(model.config).named_buffers(recurse=False))  # type: ignore[call-arg]
             for name, buffer in own.items():
                 buffer.copy_(fresh[name].to(device))
 
 
-__all__ = ["ParallelModel", "Role", "build_model", "meta_model"]
+__all__ = ["ParallelModel", "build_model", "meta_model"]

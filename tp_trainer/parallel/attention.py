@@ -25,6 +25,7 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention over this rank's heads.
@@ -34,15 +35,16 @@ def attention(
         key, value: [batch, kv_heads / tp, seq, head_dim]
         attention_mask: must be None; nothing in training makes one.
         sliding_window: tokens that a position sees, itself included; None = all before it.
+        softcap: scores are squashed to softcap x tanh(scores / softcap); this path holds them whole.
 
     Returns:
         [batch, seq, heads / tp, head_dim], and None for the weights.
     """
     assert attention_mask is None, "training rows are packed: no padding mask"
-    if kwargs.get("softcap") is not None:
-        raise ValueError("attention logit soft-capping is not supported")
     length = query.shape[2]
     window = sliding_window if sliding_window is not None and sliding_window < length else None
+    if softcap is not None:
+        return _softcapped(query, key, value, dropout, scaling, window, softcap), None
     out = F.scaled_dot_product_attention(
         query, key, value,
         attn_mask=None if window is None else _band(length, window, query.device),
@@ -52,7 +54,21 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-@lru_cache(maxsize=2)
+def _softcapped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scaling: float | None, window: int | None, softcap: float
+) -> torch.Tensor:
+    """Attention with capped scores, which PyTorch's fused kernels don't know: [batch, seq, heads / tp, head_dim]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    length = query.shape[2]
+    scores = scores.masked_fill(~_band(length, window or length, query.device), float("-inf"))
+    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype), dropout)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=4)
 def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
     """bool [length, length]: position i sees i - window < j <= i."""
     i = torch.arange(length, device=device)

@@ -71,6 +71,17 @@ class _Leave(torch.autograd.Function):
         return grad, None
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
+        ctx.group = group
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_reduce(grad, ctx.group), None
+
+
 class TensorRegion:
     """The way into and out of the part of a block whose weights are split over tp.
 
@@ -93,6 +104,14 @@ class TensorRegion:
         if self.size == 1:
             return partial
         return _ScatterSequence.apply(partial, self.group, self.size, 1) if self.sequence_parallel else _Leave.apply(partial, self.group)
+
+    def gather_features(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., features / tp] -> [..., features], where each rank goes on with another part of them."""
+        return x if self.size == 1 else _GatherSequence.apply(x, self.group, self.size, -1)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over tp, where each rank goes on with it in its own way: gradients are summed as well."""
+        return x if self.size == 1 else _Sum.apply(x, self.group)
 
     def all_reduce(self, x: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """All-reduce outside autograd."""

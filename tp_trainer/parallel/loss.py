@@ -21,9 +21,9 @@ CHUNK_TOKENS = 2048
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, region: TensorRegion, needs_gradient: bool
-    ) -> torch.Tensor:
-        first = region.rank * weight.shape[0]
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, region: TensorRegion, first: int,
+        softcap: float | None, needs_gradient: bool,
+    ) -> torch.Tensor:  # fmt: skip
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
@@ -34,6 +34,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             mine = counts & (local >= 0) & (local < weight.shape[0])  # the label is one of this rank's rows
             local = torch.where(mine, local, 0)
             logits = F.linear(h, weight).float()
+            if softcap is not None:
+                logits = (logits / softcap).tanh_()
+                slope = 1 - logits.square() if needs_gradient else None
+                logits *= softcap
             peak = region.all_reduce(logits.amax(dim=-1), "max")
             at_label = torch.where(mine, logits.gather(1, local[:, None]).squeeze(1) - peak, 0.0)
             probabilities = logits.sub_(peak[:, None]).exp_()
@@ -42,6 +46,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None and grad_weight is not None:
                 probabilities.mul_((counts / total)[:, None])
                 probabilities.scatter_add_(1, local[:, None], -mine.float()[:, None])
+                if softcap is not None:
+                    probabilities.mul_(slope)
                 grad_logits = probabilities.to(hidden.dtype)
                 torch.mm(grad_logits, weight, out=grad_hidden[start : start + CHUNK_TOKENS])
                 grad_weight += grad_logits.t() @ h
@@ -50,12 +56,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None, None, None
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, region: TensorRegion) -> torch.Tensor:
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, region: TensorRegion, first: int, softcap: float | None = None
+) -> torch.Tensor:
     """The cross-entropy of `hidden @ weight.T` against `labels`, summed over the tokens that count.
 
     Args:
@@ -63,9 +71,11 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: tor
         weight: [vocab / tp, hidden], this rank's rows of the head.
         labels: int64 [tokens], ids of the whole vocabulary, IGNORE_INDEX where none counts.
         region: the TP group.
+        first: the id of this rank's first row.
+        softcap: logits are squashed to softcap x tanh(logits / softcap) (Gemma 2, arXiv:2408.00118).
 
     Returns:
         float32 scalar, the same on every rank of the TP group, not divided by anything.
     """
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, region, needs_gradient)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, region, first, softcap, needs_gradient)

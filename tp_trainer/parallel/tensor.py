@@ -7,7 +7,9 @@ or ends. Class, parameter names and state stay transformers' own; only `forward`
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -31,49 +33,79 @@ class Role(StrEnum):
     HEAD = "head"  # output projection, vocabulary split; computes the loss
     REGION = "region"  # holds column and row modules; its input enters the region
     PER_HEAD = "per_head"  # replicated, but applied to this rank's heads: its gradient is a part of a sum
+    FUSED = "fused"  # linear, several projections in one, output features split; each rank takes its part of each of them
+    SHARED_HEADS = "shared_heads"  # linear of fewer heads than ranks: replicated, each rank computes the one that it needs
+    NORM = "norm"  # RMS norm over features that are split
 
 
-SPLIT_DIM = {Role.COLUMN: 0, Role.ROW: 1, Role.EMBEDDING: 0, Role.HEAD: 0}
+@dataclass(frozen=True)
+class Part:
+    """One module's entry in the split table."""
+
+    role: Role
+    segments: tuple[tuple[int, int], ...] = ()  # FUSED, SHARED_HEADS: (features, heads) of each projection, in their order
+    heads: tuple[int, int] | None = None  # REGION: (heads, key/value heads) that the module is to believe in
+    scale: float = 1.0  # HEAD: logits are multiplied by it
+    softcap: float | None = None  # HEAD: then squashed to +- this
 
 
-def split_dim(role: Role | None, parameter: str) -> int | None:
+SPLIT_DIM = {Role.COLUMN: 0, Role.FUSED: 0, Role.NORM: 0, Role.ROW: 1, Role.EMBEDDING: 0, Role.HEAD: 0}
+
+
+def split_dim(part: Part | None, parameter: str) -> int | None:
     """The dimension along which a module's parameter (`weight`, `bias`) lies over tp; None = replicated."""
-    if role is None or (role is Role.ROW and parameter == "bias"):
+    if part is None or (part.role is Role.ROW and parameter == "bias"):
         return None
-    return SPLIT_DIM.get(role)
+    return SPLIT_DIM.get(part.role)
 
 
-def apply_tensor_parallel(model: nn.Module, roles: Mapping[str, Role], tp: DeviceMesh, region: TensorRegion) -> None:
-    """Split the meta model's parameters and replace the forwards that the roles name, in place.
+def apply_tensor_parallel(model: nn.Module, table: Mapping[str, Part], tp: DeviceMesh, region: TensorRegion) -> None:
+    """Split the meta model's parameters and replace the forwards that the table names, in place.
 
     Args:
         model: on the meta device.
-        roles: full module name -> role.
+        table: full module name -> its part.
         tp: the one-dimensional tp mesh.
         region: the same group's way in and out.
     """
     forwards: dict[Role, Callable[..., Any]] = {
-        Role.COLUMN: _column, Role.ROW: _row, Role.EMBEDDING: _embedding, Role.HEAD: _head, Role.REGION: _region,
+        Role.COLUMN: _column, Role.ROW: _row, Role.EMBEDDING: _embedding, Role.FUSED: _fused, Role.SHARED_HEADS: _shared_heads,
+        Role.NORM: _norm, Role.HEAD: _head,
     }  # fmt: skip
     split: dict[int, nn.Parameter] = {}  # tied parameters must stay one
-    for name, role in roles.items():
+    for name, part in table.items():
         module = model.get_submodule(name)
         for key, parameter in list(module.named_parameters(recurse=False)):
-            dim = split_dim(role, key)
+            dim = split_dim(part, key)
             if dim is not None and not isinstance(parameter, DTensor):
                 if id(parameter) not in split:
                     split[id(parameter)] = _split(parameter, tp, dim)
                 setattr(module, key, split[id(parameter)])
-        if role is Role.REGION:
+        if part.role is Role.REGION:
+            if part.heads is not None:
+                _believe(module, *part.heads)
             module.forward = partial(_region, module.forward, region)
-        elif role in forwards:
-            module.forward = partial(forwards[role], module, region)
+        elif part.role in forwards:
+            module.forward = partial(forwards[part.role], module, region, part)
+
+
+def _believe(module: Any, heads: int, kv_heads: int) -> None:
+    """Modules that cut their projections apart by the config's numbers get a config with this rank's."""
+    module.config = copy.copy(module.config)
+    module.config.num_attention_heads = heads
+    module.num_key_value_heads = kv_heads
 
 
 def _split(parameter: nn.Parameter, tp: DeviceMesh, dim: int) -> nn.Parameter:
-    assert parameter.is_meta and parameter.shape[dim] % tp.size() == 0, (parameter.shape, dim, tp.size())
-    local = parameter.detach().chunk(tp.size(), dim=dim)[0].contiguous()
-    return nn.Parameter(DTensor.from_local(local, tp, [Shard(dim)], run_check=False), requires_grad=parameter.requires_grad)
+    """A DTensor of the parameter; where the degree doesn't divide (a vocabulary), the last ranks hold less."""
+    assert parameter.is_meta
+    whole = parameter.detach()
+    empty = whole.narrow(dim, 0, 0)
+    chunks = [*whole.chunk(tp.size(), dim=dim), *[empty] * tp.size()]
+    local = DTensor.from_local(
+        chunks[tp.get_local_rank()].contiguous(), tp, [Shard(dim)], run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return nn.Parameter(local, requires_grad=parameter.requires_grad)
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
@@ -85,30 +117,71 @@ def _optional_local(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return None if parameter is None else local(parameter)
 
 
-def _column(module: nn.Linear, region: TensorRegion, x: torch.Tensor) -> torch.Tensor:
+def _column(module: nn.Linear, region: TensorRegion, part: Part, x: torch.Tensor) -> torch.Tensor:
     """[..., in] -> [..., out / tp]"""
     return F.linear(x, local(module.weight), _optional_local(module.bias))
 
 
-def _row(module: nn.Linear, region: TensorRegion, x: torch.Tensor) -> torch.Tensor:
+def _row(module: nn.Linear, region: TensorRegion, part: Part, x: torch.Tensor) -> torch.Tensor:
     """[batch, seq, in / tp] -> residual stream; the bias is added once, after the sum"""
     out = region.leave(F.linear(x, local(module.weight)))
     return out if module.bias is None else out + module.bias
 
 
-def _embedding(module: nn.Embedding, region: TensorRegion, ids: torch.Tensor) -> torch.Tensor:
+def _own(x: torch.Tensor, region: TensorRegion, part: Part, dim: int) -> list[torch.Tensor]:
+    """This rank's part of each projection that lies in `x` along `dim`: its heads, or the one head that it shares."""
+    own = []
+    for piece, (features, heads) in zip(x.split([features for features, _ in part.segments], dim=dim), part.segments, strict=True):
+        if heads % region.size == 0:
+            own.append(piece.chunk(region.size, dim=dim)[region.rank])
+        else:
+            own.append(piece.narrow(dim, region.rank * heads // region.size * (features // heads), features // heads))
+    return own
+
+
+def _fused(module: nn.Linear, region: TensorRegion, part: Part, x: torch.Tensor) -> torch.Tensor:
+    """[..., in] -> [..., this rank's part of each projection]
+
+    Rows lie over tp as they stand, so that a checkpoint doesn't depend on the degree; the price is a gather of the output.
+    """
+    return torch.cat(_own(region.gather_features(_column(module, region, part, x)), region, part, -1), dim=-1)
+
+
+def _shared_heads(module: nn.Linear, region: TensorRegion, part: Part, x: torch.Tensor) -> torch.Tensor:
+    """[..., in] -> [..., head_dim]: the head that this rank's queries attend to"""
+    bias = None if module.bias is None else _own(module.bias, region, part, 0)[0]
+    return F.linear(x, _own(module.weight, region, part, 0)[0], bias)
+
+
+def _norm(module: Any, region: TensorRegion, part: Part, x: torch.Tensor) -> torch.Tensor:
+    """RMS norm of [..., features / tp] over all features"""
+    wide = x.float()
+    mean = region.sum(wide.square().sum(-1, keepdim=True)) / (wide.shape[-1] * region.size)
+    return (local(module.weight) * (wide * torch.rsqrt(mean + module.variance_epsilon))).to(x.dtype)
+
+
+def _first_row(weight: torch.Tensor, region: TensorRegion) -> int:
+    """The id of this rank's first row of a vocabulary-split table."""
+    return region.rank * -(-weight.shape[0] // region.size)
+
+
+def _embedding(module: Any, region: TensorRegion, part: Part, ids: torch.Tensor) -> torch.Tensor:
     """int64 [batch, seq] -> residual stream: each rank looks up its own rows, the sum over tp has them all"""
     weight = local(module.weight)
-    index = ids - region.rank * weight.shape[0]
+    index = ids - _first_row(module.weight, region)
     mine = (index >= 0) & (index < weight.shape[0])
     rows = F.embedding(torch.where(mine, index, 0), weight)
-    return region.leave(rows.masked_fill(~mine[..., None], 0.0))
+    if module.padding_idx is not None:  # that row gets no gradient, as nn.Embedding has it
+        rows = torch.where((ids == module.padding_idx)[..., None], rows.detach(), rows)
+    out = region.leave(rows.masked_fill(~mine[..., None], 0.0))
+    return out * module.embed_scale.to(out.dtype) if hasattr(module, "embed_scale") else out
 
 
-def _head(module: nn.Linear, region: TensorRegion, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _head(module: nn.Linear, region: TensorRegion, part: Part, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """residual stream, int64 [batch, seq] -> summed loss"""
-    whole = region.enter(hidden)
-    return linear_cross_entropy(whole.flatten(0, 1), local(module.weight), labels.flatten(), region)
+    whole = region.enter(hidden if part.scale == 1.0 else hidden * part.scale).flatten(0, 1)
+    first = _first_row(module.weight, region)
+    return linear_cross_entropy(whole, local(module.weight), labels.flatten(), region, first, part.softcap)
 
 
 def _region(forward: Callable[..., Any], region: TensorRegion, *args: Any, **kwargs: Any) -> Any:
