@@ -119,7 +119,8 @@ BAD = [  # what is typed, and what its one line must name
     ("seed=${oc.env:SURELY_NOT_SET}", "Environment variable 'SURELY_NOT_SET' not found"),
     ("seed=${nothing}", "seed=${nothing}: Interpolation key 'nothing' not found"),
     # rules
-    ("parallelism.tp=3", "parallelism.tp=3: must divide the model's 8 heads and intermediate size 384, and divide or be a multiple of its 4 key/value heads; "
+    ("parallelism.tp=3", "parallelism.tp=3: must divide the model's 8 heads and intermediate size 384, "
+     "and divide or be a multiple of its 4 key/value heads; "
      "degrees that do: 1, 2, 4, 8"),
     ("parallelism.tp=0", "parallelism.tp=0: must be at least 1"),
     ("parallelism.dp_replicate=3", "parallelism.dp_replicate=3: must divide parallelism.dp=2; allowed: 1, 2"),

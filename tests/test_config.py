@@ -223,10 +223,16 @@ def test_fewer_layers_than_a_saved_config_lists(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "intermediate", "degrees"),
-    [(9, 3, 1536, [1, 3]), (32, 8, 14336, [1, 2, 4, 8, 16, 32]), (8, 1, 384, [1, 2, 4, 8]), (12, 3, 384, [1, 3, 6, 12]), (14, 2, 4864, [1, 2])],
+    ("heads", "kv_heads", "inner", "degrees"),
+    [
+        (9, 3, 1536, [1, 3]),
+        (32, 8, 14336, [1, 2, 4, 8, 16, 32]),
+        (8, 1, 384, [1, 2, 4, 8]),
+        (12, 3, 384, [1, 3, 6, 12]),
+        (14, 2, 4864, [1, 2]),
+    ],
 )
-def test_degrees(heads: int, kv_heads: int, intermediate: int, degrees: list[int]) -> None:
+def test_degrees(heads: int, kv_heads: int, inner: int, degrees: list[int]) -> None:
     """Heads and intermediate size divided; key/value heads divided or replicated; any vocabulary."""
-    numbers = {**NUMBERS, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "vocab_size": 509}
-    assert Architecture.of(numbers, "it").tp_degrees() == degrees
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": inner, "vocab_size": 509}
+    assert Architecture.of({**NUMBERS, **sizes}, "it").tp_degrees() == degrees

@@ -34,6 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             mine = counts & (local >= 0) & (local < weight.shape[0])  # the label is one of this rank's rows
             local = torch.where(mine, local, 0)
             logits = F.linear(h, weight).float()
+            slope = None  # of the cap
             if softcap is not None:
                 logits = (logits / softcap).tanh_()
                 slope = 1 - logits.square() if needs_gradient else None
@@ -46,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None and grad_weight is not None:
                 probabilities.mul_((counts / total)[:, None])
                 probabilities.scatter_add_(1, local[:, None], -mine.float()[:, None])
-                if softcap is not None:
+                if slope is not None:
                     probabilities.mul_(slope)
                 grad_logits = probabilities.to(hidden.dtype)
                 torch.mm(grad_logits, weight, out=grad_hidden[start : start + CHUNK_TOKENS])
