@@ -41,6 +41,7 @@ def split_table(model: PreTrainedModel, tp: int) -> dict[str, Part]:
         return ConfigError("model.architecture.model_type", family, why)
 
     plan: dict[str, Any] = {**(config.base_model_tp_plan or {}), **OWN.get(family, {})}
+    plan = {name: style for name, style in plan.items() if name.startswith("layers.")}  # some releases list the embedding too
     if not plan:
         raise refuse("transformers has no tensor-parallel plan for this family")
     unknown = sorted({str(style) for style in plan.values() if not isinstance(style, Role)} - set(PLAN))
