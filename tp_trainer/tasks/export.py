@@ -61,6 +61,7 @@ def run(config: Config) -> dict[str, Any]:
             if not remote:
                 _make(Path(part), output)
             shapes = _describe(found, stored, tokenizer, dtype, small)
+            notice = _other_tokenizer(tokenizer, small, output)
             files = [File(found.path, part, name, each, dtype) for name, each in partition(shapes, dtype, config.export.max_shard_gib)]
             sizes = run_jobs(config.cluster, write_file, files, [_memory(file) for file in files])
             if remote:
@@ -79,7 +80,7 @@ def run(config: Config) -> dict[str, Any]:
         "parameters": sum(map(prod, shapes.values())), "bytes": sum(sizes), "dtype": dtype, "tokenizer": tokenizer is not None,
         "wall_seconds": time.time() - began,
     }  # fmt: skip
-    print(_lines(summary), flush=True)
+    print(_lines(summary, notice), flush=True)
     return summary
 
 
@@ -166,6 +167,25 @@ def _describe(found: Found, stored: Mapping[str, Any], tokenizer: Any | None, dt
     return shapes
 
 
+def _other_tokenizer(tokenizer: Any | None, directory: Path, output: str) -> str | None:
+    """A sentence for the user where transformers' AutoTokenizer makes another tokenizer of the files written.
+
+    For some model types (qwen2 among them) it takes a class that reads but the vocabulary and splits text in its own way.
+    """
+    from transformers import AutoTokenizer
+
+    if tokenizer is None or not hasattr(tokenizer, "backend_tokenizer"):
+        return None
+    other = AutoTokenizer.from_pretrained(directory)
+    one, two = (json.loads(each.backend_tokenizer.to_str()) for each in (tokenizer, other))
+    parts = [part for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder") if one[part] != two[part]]
+    parts += [part for part in ("vocab", "merges") if one["model"].get(part) != two["model"].get(part)]
+    if not parts:
+        return None
+    return (f"for this model type AutoTokenizer takes {type(other).__name__}, which has another {' and '.join(parts)} than the run's "
+            f"tokenizer; the run's own: PreTrainedTokenizerFast.from_pretrained('{output}')")  # fmt: skip
+
+
 def _generation_config(model: Any, settings: Mapping[str, Any], tokenizer: Any | None) -> Any:
     """The pretrained model's own, where it can be had (its end-of-text ids may be more than config.json says); else derived."""
     from transformers import GenerationConfig
@@ -246,13 +266,14 @@ def _upload(directory: Path, url: str) -> None:
         path.unlink()
 
 
-def _lines(summary: Mapping[str, Any]) -> str:
+def _lines(summary: Mapping[str, Any], notice: str | None) -> str:
     rows = {
         "output": summary["output"],
         "checkpoint": f"{summary['checkpoint']} (step {summary['step']})",
         "weights": f"{summary['parameters']:,} parameters in {summary['tensors']} tensors, {summary['dtype']}, "
                    f"{summary['bytes'] / 2**30:.2f} GiB in {summary['files']} file{'s' if summary['files'] > 1 else ''}",
         "tokenizer": "the run's" if summary["tokenizer"] else "none: the run had random tokens",
+        **({"note": notice} if notice else {}),
         "time": f"{summary['wall_seconds']:.1f} s",
     }  # fmt: skip
     return "\n".join(["exported", *(f"  {name:<10}  {value}" for name, value in rows.items())])
