@@ -306,11 +306,10 @@ def run_jobs(cluster: Cluster, function: Callable[[Any], Any], jobs: Sequence[An
         try:
             answers = ray.get(pending)
         except ray.exceptions.RayError as error:
+            # the others first, so that none goes on behind the caller's back; cancelling one that is just done crashes Ray 2.60
+            ray.wait(pending, num_returns=len(pending))
             cause = getattr(error, "cause", None) or error
             raise RunFailed(textwrap.shorten(f"{type(cause).__name__}: {cause}", 400)) from error
-        finally:
-            for each in pending:
-                ray.cancel(each, force=True)  # of those that are done, nothing
         for refused, _ in answers:
             if refused:
                 raise ConfigError(*refused)

@@ -85,8 +85,9 @@ def read_parameters(path: str, parameters: dict[str, torch.Tensor]) -> None:
     """Fill whole tensors, by parameter name, from a checkpoint: in this process alone, in each one's own dtype."""
     try:
         dcp.load({f"model.{name}": tensor for name, tensor in parameters.items()}, storage_reader=_reader(path), no_dist=True)
-    except CheckpointException as error:  # a BaseException
-        raise RuntimeError(f"{path} can't be read: {error}") from error
+    except CheckpointException as error:  # a BaseException, whose own text is a traceback
+        cause = next(iter(error.failures.values()))[0]
+        raise RuntimeError(f"{path} can't be read: {type(cause).__name__}: {cause}") from error
 
 
 def _create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -27,6 +27,7 @@ from tp_trainer.data.tokens import load_tokenizer
 from tp_trainer.driver import run_jobs
 
 INDEX = "model.safetensors.index.json"
+PROCESS_BYTES = 1 << 29  # Python with torch
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,9 @@ def partition(shapes: Mapping[str, tuple[int, ...]], dtype: str, max_gib: float)
 
 
 def _memory(file: File) -> int:
-    """Bytes that writing a file takes: its tensors, and while reading at most the largest one as stored (float32)."""
+    """Bytes that writing a file takes: its tensors, while reading at most the largest one as stored (float32), the process."""
     counts = [prod(shape) for shape in file.shapes.values()]
-    return sum(counts) * (4 if file.dtype == "float32" else 2) + max(counts) * 4
+    return sum(counts) * (4 if file.dtype == "float32" else 2) + max(counts) * 4 + PROCESS_BYTES
 
 
 def write_file(file: File) -> int:
@@ -244,6 +245,8 @@ def write_file(file: File) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         target = f"{scratch}/{file.name}" if remote else f"{file.directory}/{file.name}"
         save_file(tensors, target, metadata={"format": "pt"})
+        os.umask(mask := os.umask(0))
+        os.chmod(target, 0o666 & ~mask)  # safetensors may make it its owner's alone
         if remote:
             _upload(Path(scratch), file.directory)
     return sum(tensor.nbytes for tensor in tensors.values())
