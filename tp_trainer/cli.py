@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -345,6 +346,9 @@ def _execute(config: Config) -> dict[str, Any]:
         print(OmegaConf.to_yaml(OmegaConf.create(shown)))
         print(draw_mesh(config.parallelism))
         return {}
+    if config.task != "train":
+        summary: dict[str, Any] = import_module(f"tp_trainer.tasks.{config.task}").run(config)
+        return summary
     from tp_trainer.driver import train  # imports ray: only once the config is known to be good
 
     return train(config)

@@ -1,4 +1,4 @@
-"""Config -> Ray Train's TorchTrainer: capacity, start, live view, summary. It knows Ray, but no torch."""
+"""Config -> Ray Train's TorchTrainer: capacity, start, live view, summary; `run_jobs` for tasks. It knows Ray, but no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tp_trainer.checkpoint.store import Found, Store, at, launch_file
 from tp_trainer.config import (
     RUN_LENGTH,
     SWEEP_WORKERS,
+    Cluster,
     Config,
     ConfigError,
     architecture,
@@ -68,7 +69,8 @@ def train(config: Config) -> dict[str, Any]:
     if notice:
         view.update({"event": notice})
     launch = uuid.uuid4().hex[:12]
-    with _sigterm_exits(), _ray(config):
+    workers = max(config.parallelism.world_size, int(os.environ.get(SWEEP_WORKERS, 0)))  # one Ray for all jobs of a sweep
+    with _sigterm_exits(), _ray(config.cluster, workers * config.cluster.cpus_per_worker):
         _check_capacity(config)
         view.update({"event": f"starting {config.parallelism.world_size} {config.cluster.device} workers"})
         if config.checkpoint.resume == "never":
@@ -219,8 +221,12 @@ def _inside_ray_job() -> bool:
 
 
 @contextmanager
-def _ray(config: Config) -> Iterator[None]:
-    """A Ray to run on: this machine's own (kept for the next job of a sweep), a running cluster, or this Ray job's."""
+def _ray(cluster: Cluster, needed: float) -> Iterator[None]:
+    """A Ray to run on: this machine's own (kept for the next job of a sweep), a running cluster, or this Ray job's.
+
+    Args:
+        needed: CPUs that this machine's own must have.
+    """
     # Train's controller polls workers this often, and every report waits for a poll
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -230,8 +236,6 @@ def _ray(config: Config) -> Iterator[None]:
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    workers = max(config.parallelism.world_size, int(os.environ.get(SWEEP_WORKERS, 0)))  # one Ray for all jobs of a sweep
-    cluster, needed = config.cluster, workers * config.cluster.cpus_per_worker
     if ray.is_initialized() and _owns_ray and ray.cluster_resources().get("CPU", 0) < needed:
         ray.shutdown()  # a job after a smaller one, that no sweep foresaw
     if not ray.is_initialized():
@@ -300,6 +304,53 @@ def _check_capacity(config: Config) -> None:
                           f"needs {world} workers with {cluster.cpus_per_worker:g} CPUs each, the cluster has {cpus:g} CPUs")
 
 
+def run_jobs(cluster: Cluster, function: Callable[[Any], Any], jobs: Sequence[Any], memory: Sequence[int]) -> list[Any]:
+    """`function(job)` for every job, each in a Ray task of its own with one CPU. Returns their results in order.
+
+    Args:
+        function: of a module's top level.
+        memory: bytes that each job holds; Ray puts as many onto a node at a time as fit.
+
+    Raises:
+        ConfigError: what a job raised.
+        RunFailed: a job failed in another way.
+    """
+    with _sigterm_exits(), _ray(cluster, 1):
+        import ray
+
+        # more than the largest node has would be waited for without end
+        most = max(int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"])
+        task = ray.remote(num_cpus=1)(_job)
+        environment = _environment(cluster)
+        pending = [task.options(memory=min(size, most)).remote(environment, function, job)
+                   for job, size in zip(jobs, memory, strict=True)]  # fmt: skip
+        try:
+            answers = ray.get(pending)
+        except ray.exceptions.RayError as error:
+            # the others first, so that none goes on behind the caller's back; cancelling one that is just done crashes Ray 2.60
+            ray.wait(pending, num_returns=len(pending))
+            cause = getattr(error, "cause", None) or error
+            raise RunFailed(textwrap.shorten(f"{type(cause).__name__}: {cause}", 400)) from error
+        for refused, _ in answers:
+            if refused:
+                raise ConfigError(*refused)
+        return [result for _, result in answers]
+
+
+def _job(environment: dict[str, str], function: Callable[[Any], Any], job: Any) -> tuple[tuple[str, object, str] | None, Any]:
+    """What a Ray task runs: a refusal (it goes as a value, as from `_worker`) or None, and the result."""
+    os.environ.update(environment)
+    try:
+        return None, function(job)
+    except ConfigError as error:
+        return (error.key, error.value, error.message), None
+
+
+def _environment(cluster: Cluster) -> dict[str, str]:
+    """What of the environment travels to the workers."""
+    return {key: os.environ[key] for key in ("HF_TOKEN", "HF_HUB_OFFLINE") if key in os.environ} | cluster.env
+
+
 class Progress:
     """The actor between rank 0, which pushes without waiting, and the driver, which polls."""
 
@@ -341,7 +392,7 @@ def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store
     gpu, cluster = config.cluster.device == "gpu", config.cluster
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = ray.remote(num_cpus=0)(Progress).options(scheduling_strategy=here).remote()
-    environment = {key: os.environ[key] for key in ("HF_TOKEN", "HF_HUB_OFFLINE") if key in os.environ} | cluster.env
+    environment = _environment(cluster)
     values = plain(config)
     values["cluster"]["env"] = {}  # its values travel apart, to no log
     # Ray would take up what it remembers of this name; the storage itself says what there is
@@ -481,4 +532,4 @@ def _failure(error: Exception, store: Store) -> str:
 
 
 
-__all__ = ["RunFailed", "gpus_here", "prepare", "train"]
+__all__ = ["RunFailed", "gpus_here", "prepare", "run_jobs", "train"]

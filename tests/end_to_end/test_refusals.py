@@ -143,7 +143,7 @@ def test_a_pinned_checkpoint_that_its_run_has_passed(launch: Call, tmp_path: Pat
 
 def test_never_keeps_the_old_run_aside(launch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_checkpoint(tmp_path / "outputs" / "a", 4)
-    monkeypatch.setattr(driver, "_ray", lambda _: nullcontext())
+    monkeypatch.setattr(driver, "_ray", lambda *_: nullcontext())
 
     def too_small(_: Any) -> None:
         raise ConfigError("parallelism", "tp2_dp2", "needs more")
@@ -206,7 +206,7 @@ def test_a_cluster_that_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("ray.init", init)
     config = load({"cluster": {"kind": "ray"}, "model": {"name": None, "architecture": TINY}})
-    with pytest.raises(ConfigError, match=r"address=auto: wants a token: set RAY_AUTH_MODE=token"), driver._ray(config):
+    with pytest.raises(ConfigError, match=r"address=auto: wants a token: set RAY_AUTH_MODE=token"), driver._ray(config.cluster, 4):
         pass
 
 

@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -70,6 +72,22 @@ class Checkpoints:
             if self.device.type == "cuda":
                 tensors[f"rng.{dist.get_rank()}.cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors
+
+
+def stored_parameters(path: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's parameters in a checkpoint."""
+    stored = _reader(path).read_metadata().state_dict_metadata
+    return {key.removeprefix("model."): tuple(each.size) for key, each in stored.items()
+            if key.startswith("model.") and isinstance(each, TensorStorageMetadata)}  # fmt: skip
+
+
+def read_parameters(path: str, parameters: dict[str, torch.Tensor]) -> None:
+    """Fill whole tensors, by parameter name, from a checkpoint: in this process alone, in each one's own dtype."""
+    try:
+        dcp.load({f"model.{name}": tensor for name, tensor in parameters.items()}, storage_reader=_reader(path), no_dist=True)
+    except CheckpointException as error:  # a BaseException, whose own text is a traceback
+        cause = next(iter(error.failures.values()))[0]
+        raise RuntimeError(f"{path} can't be read: {type(cause).__name__}: {cause}") from error
 
 
 def _create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

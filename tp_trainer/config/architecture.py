@@ -111,18 +111,23 @@ def _config_file(name: str) -> Path:
         return path
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise ConfigError("model.name", name, "no such directory, and not a hub id (owner/model)")
-    # huggingface_hub imports in 0.2 s, and only where the hub is asked; its own retries would take half a minute
-    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str):
-        return Path(cached)
     try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set, and it is not in the cache")
-        with socket.create_connection((urlsplit(hf_hub_url(name, "config.json")).hostname or "", 443), timeout=HUB_TIMEOUT):
-            pass
-        return Path(hf_hub_download(name, "config.json", etag_timeout=HUB_TIMEOUT))
+        return hub_file(name, "config.json")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError("model.name", name, f"no such directory, and the hub gave no config.json ({reason})") from error
+
+
+def hub_file(name: str, file: str) -> Path:
+    """A file of a hub id, fetched or from the hub's cache. Raises soon where the hub is out of reach."""
+    # huggingface_hub imports in 0.2 s, and only where the hub is asked; its own retries would take half a minute
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, file)
+    if isinstance(cached, str):
+        return Path(cached)
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set, and it is not in the cache")
+    with socket.create_connection((urlsplit(hf_hub_url(name, file)).hostname or "", 443), timeout=HUB_TIMEOUT):
+        pass
+    return Path(hf_hub_download(name, file, etag_timeout=HUB_TIMEOUT))

@@ -130,6 +130,7 @@ class Checkpoint:
     interval: int | None = setting(100, "steps between checkpoints; null = at the end only", least=1)
     keep_last: int = setting(2, "how many checkpoints to keep", least=1)
     resume: str = setting("auto", "auto, never, or the path of a checkpoint")
+    path: str | None = setting(None, "task=export: the checkpoint to export")
 
 
 @dataclass
@@ -153,8 +154,25 @@ class Tracker:
 
 
 @dataclass
+class Export:
+    output: str | None = setting(None, "task=export: the directory to write, as transformers' save_pretrained would")
+    dtype: str = setting("bfloat16", "dtype of the exported weights", one_of=DTYPES)
+    max_shard_gib: float = setting(5.0, "size of one safetensors file, GiB", above=0)
+
+
+@dataclass
+class Verify:
+    steps: int = setting(5, "task=verify: optimizer steps that are compared", least=1)
+    layers: int | None = setting(2, "decoder layers of the compared model; null = all", least=1)
+    lr: float = setting(1e-4, "learning rate of the compared steps", least=0)
+    tolerance: float | None = setting(
+        None, "relative difference of the loss that passes; null = 1e-6 in float32, 2e-3 in bfloat16", above=0
+    )
+
+
+@dataclass
 class Config:
-    task: str = setting("train", "what to do", one_of=("train",))
+    task: str = setting("train", "what to do", one_of=("train", "export", "verify"))
     dry_run: bool = setting(False, "print the composed config and the mesh, start nothing")
     experiment_name: str | None = setting(None, "the run's directory; null = derived from every choice that matters to the result")
     seed: int = setting(42, "of weights, order and dropout", least=0)
@@ -166,6 +184,8 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     cluster: Cluster = field(default_factory=Cluster)
     tracker: Tracker = field(default_factory=Tracker)
+    export: Export = field(default_factory=Export)
+    verify: Verify = field(default_factory=Verify)
 
     @property
     def run_dir(self) -> str:
