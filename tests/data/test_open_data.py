@@ -86,7 +86,7 @@ def test_both_parts_are_made_where_first_on_node_says(tmp_path) -> None:
 
     opened = open_data(config(tmp_path), tokenizer="embedded", dp_rank=0, dp_size=1, first_on_node=first_on_node)
     assert len(calls) == 1 and len(opened.train) > 1000
-    assert opened.unigram_loss == pytest.approx(6.5, abs=0.1)
+    assert opened.unigram_loss == pytest.approx(6.73, abs=0.05)
 
 
 def test_random_tokens_need_no_files_and_have_no_baseline(tmp_path) -> None:

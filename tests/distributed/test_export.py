@@ -96,7 +96,7 @@ def differing(model: Any, other: Any) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "llama", "qwen3", "odd_vocabulary_tied", "phi3", "gemma2", "olmo2", "cohere2"])
 @pytest.mark.usefixtures("here")
 def test_float32_is_bit_equal(runs: Callable[[str], Path], models: Path, tmp_path: Path, family: str) -> None:
     summary = exported(runs(family), tmp_path / "out", dtype="float32")
@@ -145,11 +145,11 @@ def test_several_files_with_an_index(runs: Callable[[str], Path], models: Path, 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 @pytest.mark.usefixtures("here")
 def test_tokenizer(runs: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str) -> None:
-    """AutoTokenizer takes a class of its own for qwen2, whatever the files say: then that is said, with what to type."""
+    """AutoTokenizer takes a class of its own for qwen2, whatever the files say: the embedded tokenizer is made so that it is the same."""
     exported(with_tokenizer(runs(family), tmp_path / "run"), tmp_path / "out")
     note = "PreTrainedTokenizerFast.from_pretrained('" in capsys.readouterr().out
     assert note is (json.loads(parts(AutoTokenizer, tmp_path / "out")) != json.loads(parts(AutoTokenizer, TOKENIZER)))
-    assert not (note and family == "qwen3")
+    assert not note
     after = (PreTrainedTokenizerFast if note else AutoTokenizer).from_pretrained(tmp_path / "out")
     given = AutoTokenizer.from_pretrained(TOKENIZER)
     text = "Call me Ishmael. Some years ago—never mind how long precisely"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tp_trainer.assets import TOKENIZER, TOKENIZER_SIZE
 from tp_trainer.config import Data
@@ -12,11 +12,21 @@ from tp_trainer.data.sources import documents
 
 END = "<|endoftext|>"
 
+# How Qwen2 cuts text into words. transformers builds its tokenizers for the family like this whatever tokenizer.json says, and
+# the default model is of that family: so what a run exports is read back as the tokenizer that it was trained with.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 def train(texts: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE of TOKENIZER_SIZE entries in which END has id 0; any text survives encode and decode unchanged."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    """A byte-level BPE of TOKENIZER_SIZE entries in which END has id 0; any text in NFC survives encode and decode unchanged."""
+    tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix=""))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A:0 $B:1")
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=TOKENIZER_SIZE,
