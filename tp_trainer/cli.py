@@ -7,6 +7,7 @@ translated (`explain`), and only then Hydra runs. `tests/test_cli.py` holds ever
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     import argparse
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+TASKS = {  # what a task calls with the checked Config; imported only then, since all of them import ray
+    "train": "tp_trainer.driver:train",
+    "verify": "tp_trainer.tasks.verify:run",
+}
 NO_OBJECTIVE = math.inf  # the worst of losses: optuna's sweeper takes it and goes on, NaN or an exception would end the sweep
 
 # Dictionaries without a schema inside: Hydra wants a + before a new key in them. Here a plain key=value does.
@@ -334,9 +339,10 @@ def _execute(config: Config) -> dict[str, Any]:
         print(OmegaConf.to_yaml(OmegaConf.create(shown)))
         print(draw_mesh(config.parallelism))
         return {}
-    from tp_trainer.driver import train  # imports ray: only once the config is known to be good
-
-    return train(config)
+    if config.task not in TASKS:
+        raise ConfigError("task", config.task, f"not there yet; there are {', '.join(TASKS)}")
+    module, _, name = TASKS[config.task].partition(":")
+    return getattr(importlib.import_module(module), name)(config)
 
 
 def _objective(summary: dict[str, Any]) -> float:

@@ -120,6 +120,9 @@ class Train:
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", least=1)
     eval_interval: int | None = setting(100, "steps between evaluations; null = at the end only", least=1)
     eval_batches: int | None = setting(None, "validation batches per evaluation; null = all", least=1)
+    drift_interval: int | None = setting(
+        1000, "steps between checks that parameters replicated over tp are still equal; null = don't", least=1
+    )
     deterministic: bool = setting(False, "deterministic kernels only")
     profile: Profile = field(default_factory=Profile, metadata={"help": "the profiler"})
 
