@@ -29,6 +29,7 @@ from tp_trainer.parallel.shard import dtypes
 from tp_trainer.tasks.reference import Reference
 
 NORM_FLOOR = 1e-6  # of the global norm: below it a parameter's gradient is rounding alone
+TINY = 1e-30  # where all is zero
 NOT_FINITE = 1e30  # stands for the difference from what is no number
 
 
@@ -93,7 +94,7 @@ def _differences(model: ParallelModel, reference: Reference | None, gradient: bo
     pick: Callable[[torch.Tensor], torch.Tensor | None] = (lambda p: p.grad) if gradient else (lambda p: p)
     floor = 0.0
     if reference is not None:
-        norms = [each.norm() for each in map(pick, reference.parameters.values()) if each is not None]
+        norms = [_norm(each) for each in map(pick, reference.parameters.values()) if each is not None]
         floor = NORM_FLOOR * torch.stack(norms).norm().item()
     found: dict[str, float] = {}
     for name, parameter in model.module.named_parameters():
@@ -102,12 +103,16 @@ def _differences(model: ParallelModel, reference: Reference | None, gradient: bo
         if reference is not None:
             own = pick(reference.parameters[name])
             want = torch.zeros_like(got) if own is None else own
-            found[name] = _finite(((got - want).norm() / max(want.norm().item(), floor)).item())
+            found[name] = _finite((_norm(got - want) / max(_norm(want).item(), floor, TINY)).item())
     return found
 
 
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+
+
 def _pair(parallel: float, reference: float) -> dict[str, float]:
-    difference = _finite(abs(parallel - reference) / max(abs(reference), 1e-30))
+    difference = _finite(abs(parallel - reference) / max(abs(reference), TINY))
     return {"parallel": _finite(parallel), "reference": _finite(reference), "difference": difference}
 
 

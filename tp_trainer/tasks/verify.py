@@ -51,6 +51,7 @@ def run(config: Config) -> dict[str, Any]:
     for change in [*changes, notice or ""]:
         if change:
             print(f"  {change}")
+    outer.remove("verify.json")  # of an earlier time
     with started(config, store) as launch:
         error, result = fit(config, "tp_trainer.tasks.verify:work", {"launch": launch, "tokenizer": tokenizer}, store, take)
     if error is not None:
