@@ -7,6 +7,7 @@ translated (`explain`), and only then Hydra runs. `tests/test_cli.py` holds ever
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -14,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -53,6 +53,11 @@ if TYPE_CHECKING:
     import argparse
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+TASKS = {  # what a task calls with the checked Config; imported only then, since all of them import ray
+    "train": "tp_trainer.driver:train",
+    "export": "tp_trainer.tasks.export:run",
+    "verify": "tp_trainer.tasks.verify:run",
+}
 NO_OBJECTIVE = math.inf  # the worst of losses: optuna's sweeper takes it and goes on, NaN or an exception would end the sweep
 
 # Dictionaries without a schema inside: Hydra wants a + before a new key in them. Here a plain key=value does.
@@ -346,12 +351,9 @@ def _execute(config: Config) -> dict[str, Any]:
         print(OmegaConf.to_yaml(OmegaConf.create(shown)))
         print(draw_mesh(config.parallelism))
         return {}
-    if config.task != "train":
-        summary: dict[str, Any] = import_module(f"tp_trainer.tasks.{config.task}").run(config)
-        return summary
-    from tp_trainer.driver import train  # imports ray: only once the config is known to be good
-
-    return train(config)
+    module, _, name = TASKS[config.task].partition(":")
+    summary: dict[str, Any] = getattr(importlib.import_module(module), name)(config)
+    return summary
 
 
 def _objective(summary: dict[str, Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import logging
 import math
 import os
@@ -68,21 +69,18 @@ def train(config: Config) -> dict[str, Any]:
         return finished
     if notice:
         view.update({"event": notice})
-    launch = uuid.uuid4().hex[:12]
-    workers = max(config.parallelism.world_size, int(os.environ.get(SWEEP_WORKERS, 0)))  # one Ray for all jobs of a sweep
-    with _sigterm_exits(), _ray(config.cluster, workers * config.cluster.cpus_per_worker):
-        _check_capacity(config)
+
+    def before() -> None:
         view.update({"event": f"starting {config.parallelism.world_size} {config.cluster.device} workers"})
         if config.checkpoint.resume == "never":
             _set_aside(config, store, view)
+
+    with started(config, store, before) as launch:
         store.write_text("config.yaml", to_yaml(config))
-        store.remove_all(launch_file("*"))  # what killed drivers left
-        store.write_text(launch_file(launch), "")
         try:
             summary = _fit(config, tokenizer, launch, began, store, view)
         finally:
             view.close()
-            store.remove(launch_file(launch))
     print(summary_lines(summary), flush=True)
     return summary
 
@@ -214,6 +212,26 @@ def _set_aside(config: Config, store: Store, view: View) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- Ray
+
+
+@contextmanager
+def started(config: Config, store: Store, before: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """A Ray with room for the workers. Gives the name of this start, by which they know that they see the same storage.
+
+    Args:
+        before: called once the cluster can take the run, before anything is written.
+    """
+    launch = uuid.uuid4().hex[:12]
+    workers = max(config.parallelism.world_size, int(os.environ.get(SWEEP_WORKERS, 0)))  # one Ray for all jobs of a sweep
+    with _sigterm_exits(), _ray(config.cluster, workers * config.cluster.cpus_per_worker):
+        _check_capacity(config)
+        before()
+        store.remove_all(launch_file("*"))  # what killed drivers left
+        store.write_text(launch_file(launch), "")
+        try:
+            yield launch
+        finally:
+            store.remove(launch_file(launch))
 
 
 def _inside_ray_job() -> bool:
@@ -366,24 +384,42 @@ class Progress:
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs on each worker. Refusals are returned: a raised error would be tried again.
+    """What Ray Train runs on each worker: the recipe that `settings` name.
 
-    Of an error Ray Train sends no trace along: it goes as a note.
+    Refusals and drifts, the same on every rank, are returned: a raised error would be tried again. Of an error Ray Train
+    sends no trace along: it goes as a note.
     """
     os.environ.update(settings["environment"])  # before torch is imported
-    from tp_trainer.worker import run
+    from tp_trainer.parallel.drift import Drifted
 
+    module, _, name = settings["recipe"].partition(":")
     try:
-        return run(settings)
+        return getattr(importlib.import_module(module), name)(settings)
     except ConfigError as error:
         return {"refused": (error.key, error.value, error.message)}
+    except Drifted as error:
+        return {"drifted": str(error)}
     except Exception as error:
         error.add_note(traceback.format_exc())
         raise
 
 
-def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store, view: View) -> dict[str, Any]:
-    """Start the workers, show what they say, wait for their end, write summary.json."""
+def fit(
+    config: Config, recipe: str, settings: dict[str, Any], store: Store, take: Callable[[dict[str, Any]], None]
+) -> tuple[Exception | None, dict[str, Any] | None]:
+    """Run a recipe on every worker and wait for its end.
+
+    Args:
+        recipe: `module:function`, imported on the worker; it is given `settings`, `config` (plain) and `progress`.
+        store: of the run's directory.
+        take: is given what rank 0 pushes to `progress`.
+
+    Returns:
+        the error that the workers failed with, or rank 0's return value.
+
+    Raises:
+        ConfigError: a worker refused.
+    """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -400,7 +436,7 @@ def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
-            "config": values, "environment": environment, "launch": launch, "tokenizer": tokenizer, "progress": progress,
+            **settings, "recipe": recipe, "config": values, "environment": environment, "progress": progress,
         },
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -413,10 +449,19 @@ def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store
             failure_config=FailureConfig(max_failures=cluster.max_failures), checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )  # fmt: skip
-    followed = _Followed(config, view)
-    error, result = _wait(trainer, progress, followed)
+    error, result = _wait(trainer, progress, take)
+    if result is not None and "refused" in result:
+        raise ConfigError(*result["refused"])
+    return error, result
+
+
+def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store, view: View) -> dict[str, Any]:
+    """Train on the workers, show what they say, wait for their end, write summary.json."""
+    followed, cluster = _Followed(config, view), config.cluster
+    error, result = fit(config, "tp_trainer.worker:run", {"launch": launch, "tokenizer": tokenizer}, store, followed.take)
+    drifted = (result or {}).get("drifted")
     summary: dict[str, Any] = {
-        "status": "failed" if error else "finished", "steps": followed.step, "tokens": followed.row.get("tokens", 0),
+        "status": "failed" if error or drifted else "finished", "steps": followed.step, "tokens": followed.row.get("tokens", 0),
         "loss": followed.row.get("loss"), "validation_loss": followed.validation_loss, "unigram_loss": None,
         "wall_seconds": time.time() - began, "startup_seconds": (followed.begun or time.time()) - began, "tokens_per_second": None,
         "restarts": max(0, followed.starts - 1), "resumed_from": None, "skipped_checkpoints": [], "checkpoint": None,
@@ -424,9 +469,7 @@ def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store
     }  # fmt: skip
     if config.parallelism.dp_replicate > 1:
         summary["mesh"]["dp_replicate"] = config.parallelism.dp_replicate
-    if result is not None:
-        if "refused" in result:
-            raise ConfigError(*result["refused"])
+    if result is not None and not drifted:
         summary |= result
     summary |= {
         "run_dir": config.run_dir, "device": cluster.device, "random_data": config.data.source == "random", "tracker": config.tracker.kind,
@@ -434,7 +477,9 @@ def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store
     }  # fmt: skip
     store.write_json("summary.json", summary)
     if error is not None:
-        raise RunFailed(_failure(error, store))
+        raise RunFailed(failure(error, store))
+    if drifted:
+        raise RunFailed(drifted)
     return summary
 
 
@@ -465,7 +510,7 @@ class _Followed:
         self.view.update(item)
 
 
-def _wait(trainer: Any, progress: Any, followed: _Followed) -> tuple[Exception | None, dict[str, Any] | None]:
+def _wait(trainer: Any, progress: Any, take: Callable[[dict[str, Any]], None]) -> tuple[Exception | None, dict[str, Any] | None]:
     """`fit()` in a thread, so that the main one draws and hears signals. Returns the error, or rank 0's return value."""
     import ray
 
@@ -480,7 +525,7 @@ def _wait(trainer: Any, progress: Any, followed: _Followed) -> tuple[Exception |
     def drain() -> None:
         try:
             for item in ray.get(progress.drain.remote(), timeout=10):
-                followed.take(item)
+                take(item)
         except ray.exceptions.RayError:
             pass  # the view may lag; fit() says how the run ends
 
@@ -518,7 +563,7 @@ def _sigterm_exits() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _failure(error: Exception, store: Store) -> str:
+def failure(error: Exception, store: Store) -> str:
     """One line about why the workers failed; the traces go to failure.txt in the run's directory."""
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", None) or {}
     traces = {rank: "\n".join(getattr(each, "__notes__", [])) or f"{type(each).__name__}: {each}" for rank, each in failures.items()}
@@ -531,5 +576,4 @@ def _failure(error: Exception, store: Store) -> str:
     return f"{f'rank {rank}: ' if rank is not None else ''}{line} (all of it in {store.run_dir}/failure.txt)"
 
 
-
-__all__ = ["RunFailed", "gpus_here", "prepare", "run_jobs", "train"]
+__all__ = ["RunFailed", "failure", "fit", "gpus_here", "prepare", "run_jobs", "started", "train"]

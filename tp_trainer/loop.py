@@ -15,6 +15,7 @@ from tp_trainer.data import IGNORE_INDEX, Cursor, DataStream
 from tp_trainer.metrics import flops_per_token, peak_flops, peak_memory_gib
 from tp_trainer.models.build import ParallelModel
 from tp_trainer.optim import learning_rate, set_learning_rate
+from tp_trainer.parallel.drift import check_replicas
 from tp_trainer.parallel.gradients import clip, global_norm, sum_over_tp
 from tp_trainer.parallel.mesh import Mesh
 
@@ -65,6 +66,8 @@ def train(
         position = Position(step, cursor, position.tokens + global_tokens(config, data))
         hooks.stepped(step)
         last = step == total
+        if train.drift_interval and (last or step % train.drift_interval == 0):
+            check_replicas(model.module.named_parameters(), mesh, step)
         if step % train.log_interval == 0 or step == start.step + 1 or last:
             loss_value = loss.item()  # waits for the device
             now = time.perf_counter()
@@ -96,12 +99,20 @@ def global_tokens(config: Config, data: DataStream) -> int:
 
 
 def train_step(
-    model: ParallelModel, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: Mesh, clip_grad_norm: float | None
+    model: ParallelModel,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    mesh: Mesh,
+    clip_grad_norm: float | None,
+    before_clipping: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over this rank's micro-batches.
 
     The loss is the mean over all label tokens of the global batch, however they lie on ranks and micro-batches: FSDP
     averages over dp, so each part is scaled by dp / global tokens before its backward pass.
+
+    Args:
+        before_clipping: called once every gradient is whole (summed over tp, reduced over dp).
 
     Returns:
         (loss, global gradient norm before clipping), float32 scalars on the device, the same on all ranks.
@@ -117,6 +128,7 @@ def train_step(
     sum_over_tp(model.summed_over_tp, mesh)
     parameters = model.parameters
     norm = global_norm(parameters, mesh)
+    before_clipping()
     if clip_grad_norm is not None:
         clip(parameters, norm, clip_grad_norm)
     optimizer.step()

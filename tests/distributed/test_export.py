@@ -103,7 +103,7 @@ def test_float32_is_bit_equal(runs: Callable[[str], Path], models: Path, tmp_pat
     before, after = original(models, family), reloaded(tmp_path / "out")
     assert differing(before, after) == []
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
-    tied = family == "qwen2_tied"
+    tied = before.config.tie_word_embeddings
     assert (after.lm_head.weight is after.get_input_embeddings().weight) is tied
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
         assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118 (safe_open is no mapping)
@@ -154,7 +154,7 @@ def test_tokenizer(runs: Callable[[str], Path], tmp_path: Path, capsys: pytest.C
     given = AutoTokenizer.from_pretrained(TOKENIZER)
     text = "Call me Ishmael. Some years ago—never mind how long precisely"
     assert after(text)["input_ids"] == given(text)["input_ids"] and after.decode(after(text)["input_ids"]) == text
-    assert after.backend_tokenizer.to_str() == given.backend_tokenizer.to_str()
+    assert after.get_vocab() == given.get_vocab()
     assert after.special_tokens_map == given.special_tokens_map
 
 

@@ -120,6 +120,9 @@ class Train:
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", least=1)
     eval_interval: int | None = setting(100, "steps between evaluations; null = at the end only", least=1)
     eval_batches: int | None = setting(None, "global batches of validation rows per evaluation; null = all", least=1)
+    drift_interval: int | None = setting(
+        1000, "steps between checks that parameters replicated over tp are still equal; null = don't", least=1
+    )
     deterministic: bool = setting(False, "deterministic kernels only")
     profile: Profile = field(default_factory=Profile, metadata={"help": "the profiler"})
 
@@ -166,7 +169,7 @@ class Verify:
     layers: int | None = setting(2, "decoder layers of the compared model; null = all", least=1)
     lr: float = setting(1e-4, "learning rate of the compared steps", least=0)
     tolerance: float | None = setting(
-        None, "relative difference of the loss that passes; null = 1e-6 in float32, 2e-3 in bfloat16", above=0
+        None, "relative difference of the loss that passes; null = 1e-6 in float32, 2e-3 in lower precision", above=0
     )
 
 
