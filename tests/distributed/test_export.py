@@ -155,7 +155,7 @@ def test_tokenizer(runs: Callable[[str], Path], tmp_path: Path, capsys: pytest.C
     text = "Call me Ishmael. Some years ago—never mind how long precisely"
     assert after(text)["input_ids"] == given(text)["input_ids"] and after.decode(after(text)["input_ids"]) == text
     assert after.get_vocab() == given.get_vocab()
-    assert after.special_tokens_map == given.special_tokens_map
+    assert after.eos_token == given.eos_token
 
 
 def parts(kind: Any, directory: Path) -> str:
