@@ -51,8 +51,9 @@ class Running:
         self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115  # closed by wait()
         self.began, self.used = time.monotonic(), _children()
         self.process = subprocess.Popen(
-            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=self.files[0], stderr=self.files[1], start_new_session=True
-        )
+            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=self.files[0], stderr=self.files[1], start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )  # fmt: skip
 
     @property
     def pid(self) -> int:
