@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tp_trainer.checkpoint.store import Found, Store
+from tp_trainer.config import ConfigError
 
 
 class Checkpoints:
@@ -76,7 +77,11 @@ class Checkpoints:
 
 def stored_parameters(path: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's parameters in a checkpoint."""
-    stored = _reader(path).read_metadata().state_dict_metadata
+    try:
+        stored = _reader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # DCP's metadata are pickled classes, which change between releases
+        why = f"torch {torch.__version__} can't read it, was it written by another release? ({error})"
+        raise ConfigError("checkpoint", path, why) from error
     return {key.removeprefix("model."): tuple(each.size) for key, each in stored.items()
             if key.startswith("model.") and isinstance(each, TensorStorageMetadata)}  # fmt: skip
 
