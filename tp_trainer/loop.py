@@ -55,7 +55,7 @@ def train(
     """Train from `start` to the end of the run. The first and the last step are logged, the last is evaluated and saved."""
     train, total = config.train, data.total_steps(config.train)
     flops, peak = flops_per_token(architecture(config), config.data.seq_length or 0), peak_flops(mesh.device)
-    position, loss_value, validation_loss, saved = start, None, None, start.step
+    position, loss_value, validation_loss = start, None, None
     began = marked = time.perf_counter()
     marked_step, marked_tokens = position.step, position.tokens
     for step in range(start.step + 1, total + 1):
@@ -86,9 +86,8 @@ def train(
             hooks.log({"step": step, "validation_loss": validation_loss})
         if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             hooks.save(position, validation_loss)
-            saved = step
         marked += time.perf_counter() - paused  # evaluating and saving is not training
-    if saved != position.step or validation_loss is None:  # a resume at or past the end
+    if validation_loss is None:  # a resume at or past the end: no step was left
         validation_loss = evaluate(model, data.evaluation(), mesh)
     return Outcome(loss_value, validation_loss, position, time.perf_counter() - began, position.tokens - start.tokens)
 

@@ -40,7 +40,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     total_steps = data.total_steps(config.train)
     optimizer = build_optimizer(config.optim, model.module.named_parameters())
     checkpoints = Checkpoints(config.run_dir, config.checkpoint.keep_last, model.module, optimizer, node.device)
-    torch.manual_seed(config.seed + 1 + node.rank)  # of dropout: another on every rank; a restore brings back the checkpoint's
+    # of dropout: another on every rank, but for a residual stream that a TP group holds in common; a restore brings back its own
+    torch.manual_seed(config.seed + 1 + (node.rank if config.parallelism.sequence_parallel else mesh.dp_rank))
     start, found, skipped = node.agree(lambda: restore(config, launch, checkpoints, total_steps))
     with Reporter(config, node, checkpoints, data.order.global_batch_size, launch, settings["progress"]) as reporter:
         reporter.begin(start.step, total_steps)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from tp_trainer.checkpoint.store import Found, Store
+from tp_trainer.checkpoint.store import Found, Store, step_name
 from tp_trainer.config import ConfigError
 
 
@@ -38,7 +38,7 @@ class Checkpoints:
         if dist.get_rank() == 0:
             self.store.begin(step)
         dist.barrier()
-        path = f"{self.store.run_dir}/step_{step:08d}"
+        path = f"{self.store.run_dir}/{step_name(step)}"
         dcp.save(self._tensors(with_rng=True), storage_writer=_writer(path))
         if dist.get_rank() == 0:
             self.store.commit(step, {**state, "world": dist.get_world_size(), "device": self.device.type})

@@ -34,7 +34,7 @@ class ParallelModel:
         return list(self.module.parameters())
 
 
-def meta_model(architecture: dict[str, Any], attn_implementation: str = attention.NAME) -> PreTrainedModel:
+def meta_model(architecture: dict[str, Any]) -> PreTrainedModel:
     """The transformers model of these config fields, in float32, on the meta device.
 
     Raises:
@@ -47,7 +47,7 @@ def meta_model(architecture: dict[str, Any], attn_implementation: str = attentio
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError("model.architecture", None, f"transformers doesn't take these numbers: {reason}") from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.float32)
     model.tie_weights()
     return model
 
