@@ -162,3 +162,11 @@ def test_a_pinned_checkpoint_begins_another_run(reference: Reference, launcher: 
         assert row["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5)
         assert row["tokens"] == expected[step]["tokens"]
     assert sorted(path.name for path in reference.run.glob("step_*")) == ["step_00000008", "step_00000012"], "left alone"
+
+
+def test_dropout_of_a_shared_residual_stream_is_shared(launcher: Launcher) -> None:
+    """Without sequence parallelism a TP group holds the residual stream in common: other draws on each rank tear its replicas apart."""
+    phi3 = [f"model.overrides.{each}" for each in ("model_type=phi3", "pad_token_id=0", "resid_pdrop=0.1")]
+    ended = launcher.run(*phi3, "parallelism=tp2_dp1", "parallelism.sequence_parallel=false", "train.max_steps=2",
+                         "train.drift_interval=1", "tracker=none")  # fmt: skip
+    assert ended.code == 0, ended
