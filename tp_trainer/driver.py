@@ -32,6 +32,7 @@ from tp_trainer.config import (
     Cluster,
     Config,
     ConfigError,
+    Unrecoverable,
     architecture,
     check_global_batch,
     check_same_run,
@@ -390,14 +391,13 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     sends no trace along: it goes as a note.
     """
     os.environ.update(settings["environment"])  # before torch is imported
-    from tp_trainer.parallel.drift import Drifted
 
     module, _, name = settings["recipe"].partition(":")
     try:
         return getattr(importlib.import_module(module), name)(settings)
     except ConfigError as error:
         return {"refused": (error.key, error.value, error.message)}
-    except Drifted as error:
+    except Unrecoverable as error:
         return {"drifted": str(error)}
     except Exception as error:
         error.add_note(traceback.format_exc())
@@ -464,7 +464,7 @@ def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store
         "status": "failed" if error or drifted else "finished", "steps": followed.step, "tokens": followed.row.get("tokens", 0),
         "loss": followed.row.get("loss"), "validation_loss": followed.validation_loss, "unigram_loss": None,
         "wall_seconds": time.time() - began, "startup_seconds": (followed.begun or time.time()) - began, "tokens_per_second": None,
-        "restarts": max(0, followed.starts - 1), "resumed_from": None, "skipped_checkpoints": [], "checkpoint": None,
+        "restarts": max(0, followed.starts - 1), "resumed_from": None, "skipped_checkpoints": [], "checkpoint": None, "skipped_steps": 0,
         "world": config.parallelism.world_size, "mesh": {"dp": config.parallelism.dp, "tp": config.parallelism.tp},
     }  # fmt: skip
     if config.parallelism.dp_replicate > 1:
