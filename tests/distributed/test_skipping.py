@@ -33,7 +33,8 @@ def local_state(made: Trainer) -> list[torch.Tensor]:
 
 def poisoned(settings: dict[str, Any], steps: list[int], factor: float, start: Position | None = None) -> dict[str, Any]:
     """A run in which the loss of rank 0 is multiplied by `factor` in some steps."""
-    made, events = trainer(settings), []
+    made = trainer(settings)
+    events: list[dict[str, Any]] = []
     states: list[list[torch.Tensor]] = []
     done = [start.step if start else 0]
 

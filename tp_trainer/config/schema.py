@@ -174,7 +174,7 @@ class Export:
 class Verify:
     steps: int = setting(5, "task=verify: optimizer steps that are compared", least=1)
     layers: int | None = setting(2, "decoder layers of the compared model; null = all", least=1)
-    lr: float = setting(1e-4, "learning rate of the compared steps", least=0)
+    lr: float = setting(1e-5, "learning rate of the compared steps", least=0)
     tolerance: float | None = setting(
         None, "relative difference of the loss that passes; null = 1e-6 in float32, 2e-3 in lower precision", above=0
     )
