@@ -165,7 +165,7 @@ class Tracker:
 
 @dataclass
 class Export:
-    output: str | None = setting(None, "task=export: the directory to write, as transformers' save_pretrained would")
+    output: str | None = setting(None, "the directory to write, as transformers' save_pretrained would; of a training: at its end")
     dtype: str = setting("bfloat16", "dtype of the exported weights", one_of=DTYPES)
     max_shard_gib: float = setting(5.0, "size of one safetensors file, GiB", above=0)
 
