@@ -296,7 +296,7 @@ def test_at_the_end_of_a_training(runs: Callable[[str], Path], tmp_path: Path, m
         trained.append(config.task)
         return {"status": status, "checkpoint": f"{run}/step_00000003"}
 
-    monkeypatch.setattr(train.driver, "train", training)
+    monkeypatch.setattr("tp_trainer.driver.train", training)
     settings = settings_of(saved(models, "qwen3"), export={"output": str(output), "dtype": "float32"})
     status = "stopped"
     train.run(load(settings))
