@@ -37,7 +37,7 @@ class Hooks:
 
     log: Callable[[dict[str, Any]], None]  # a row of metrics.jsonl
     stepped: Callable[[int], None]  # a step is done
-    save: Callable[[Position, float | None], None]  # write a checkpoint; the last validation loss
+    save: Callable[[Position, float | None, bool], None]  # write a checkpoint; the last validation loss; wait until it counts
 
 
 @dataclass
@@ -85,7 +85,7 @@ def train(
             validation_loss = evaluate(model, data.evaluation(), mesh)
             hooks.log({"step": step, "validation_loss": validation_loss})
         if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
-            hooks.save(position, validation_loss)
+            hooks.save(position, validation_loss, last)
         marked += time.perf_counter() - paused  # evaluating and saving is not training
     if validation_loss is None:  # a resume at or past the end: no step was left
         validation_loss = evaluate(model, data.evaluation(), mesh)
