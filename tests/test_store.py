@@ -146,7 +146,9 @@ def test_forged_manifests(disk: Store, change: Any) -> None:
     assert str(disk.check(path.name)).startswith("damaged: manifest.json")
 
 
-@pytest.mark.parametrize("state", [{"step": 2}, {"epoch": None}, {"tokens": "7"}, {"offset": -1}, {"global_batch_size": True}, {"epoch": 0.5}])
+@pytest.mark.parametrize(
+    "state", [{"step": 2}, {"epoch": None}, {"tokens": "7"}, {"offset": -1}, {"global_batch_size": True}, {"epoch": 0.5}]
+)
 def test_forged_states(store: Store, state: dict[str, Any]) -> None:
     draft = store.begin(1)
     store.commit(draft, 1, state_of(1) | state, {"tensors": {}}, {})

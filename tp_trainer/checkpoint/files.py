@@ -56,7 +56,7 @@ class Stored:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def layout(plans: Sequence[SavePlan], metadata: Metadata) -> tuple[list[dict[str, list[str]]], dict[str, Any]]:
+def layout(plans: Sequence[SavePlan]) -> tuple[list[dict[str, list[str]]], dict[str, Any]]:
     """Where everything goes: for each rank its files with the names of the tensors in them, in order; and metadata.json."""
     tensors: dict[str, dict[str, Any]] = {}
     ranks: list[dict[str, list[str]]] = []
@@ -69,9 +69,8 @@ def layout(plans: Sequence[SavePlan], metadata: Metadata) -> tuple[list[dict[str
             count = math.prod(data.chunk.sizes)
             if not count:
                 continue  # a rank that has nothing of a tensor
-            stored = metadata.state_dict_metadata[item.index.fqn]
-            entry = tensors.setdefault(item.index.fqn, {
-                "dtype": str(data.properties.dtype).removeprefix("torch."), "shape": list(stored.size), "chunks": []})  # fmt: skip
+            dtype = str(data.properties.dtype).removeprefix("torch.")
+            entry = tensors.setdefault(item.index.fqn, {"dtype": dtype, "shape": list(data.size), "chunks": []})
             if size >= FILE_BYTES:
                 file, size = f"{rank:05d}_{len(files):04d}{SUFFIX}", 0
                 files[file] = []
@@ -123,7 +122,7 @@ class Pieces:
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         if flat.device.type == "cpu":
             for begin in range(0, flat.numel(), PIECE_BYTES):
-                yield memoryview(flat[begin : begin + PIECE_BYTES].numpy())
+                yield flat[begin : begin + PIECE_BYTES].numpy().data
             return
         if not self.buffers:
             self.buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
@@ -139,7 +138,7 @@ class Pieces:
             if number + 1 < len(parts):
                 fetch(number + 1)
             events[number % 2].synchronize()
-            yield memoryview(self.buffers[number % 2][: part.numel()].numpy())
+            yield self.buffers[number % 2][: part.numel()].numpy().data
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

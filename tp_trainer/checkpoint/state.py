@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -146,8 +147,8 @@ class Checkpoints:
         if self._plan is None or self._plan.signature != signature:
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             planner.set_up_planner(tensors, is_coordinator=dist.get_rank() == 0)
-            plans, metadata = planner.create_global_plan(self._agree(planner.create_local_plan))  # the same on every rank
-            files, content = layout(plans, metadata)
+            plans, _ = planner.create_global_plan(self._agree(planner.create_local_plan))  # the same on every rank
+            files, content = layout(plans)
             self._plan = _Plan(signature, files[dist.get_rank()], content)
         return self._plan
 
@@ -199,7 +200,7 @@ class Checkpoints:
         """The newest checkpoint that verifies (of this launch of the program, if given) and what was passed over: `name (why)`."""
         skipped: list[str] = []
         for name in reversed(self._on_first(self.store.step_names)):
-            found = self._on_first(lambda name=name: self.store.check(name))
+            found = self._on_first(partial(self.store.check, name))
             if isinstance(found, Found) and launch is not None and found.state.get("launch") != launch:
                 continue
             reason = found if isinstance(found, str) else self.damage(found)

@@ -83,8 +83,8 @@ class Sink:
     def __init__(self, store: Store, path: str) -> None:
         self.local = store.local
         # never through a link, never into a file that is there
-        self.file: Any = (open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb", buffering=0)
-                          if self.local else store.fs.open(path, "wb"))  # fmt: skip
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        self.file: Any = os.fdopen(os.open(path, flags, 0o666), "wb", buffering=0) if self.local else store.fs.open(path, "wb")
         self.hash, self.bytes = xxhash.xxh3_128(), 0
 
     def write(self, block: Any) -> None:
@@ -190,7 +190,7 @@ class Store:
     def open(self, name: str) -> Any:
         """A file to read, as bytes. A link is not followed."""
         path = f"{self.root}/{name}"
-        return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) if self.local else self.fs.open(path, "rb")
+        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) if self.local else self.fs.open(path, "rb")
 
     def read(self, name: str) -> bytes:
         """A small file's content. Raises OSError."""
@@ -371,7 +371,7 @@ class Store:
         whole = [found for name in names if name not in damaged and isinstance(found := self.check(name), Found)]
         if not whole:
             return
-        losses = [(float(loss), found.step, found.name) for found in whole if _is_number(loss := found.state.get("validation_loss"))]
+        losses = [(loss, found.step, found.name) for found in whole if _is_number(loss := found.state.get("validation_loss"))]
         newest = [found.name for found in whole[-last:]]
         kept = {*newest, *(name for _, _, name in sorted(losses)[:best]), *([sure] if sure else [])}
         kept |= {found.name for found in whole if every and found.step % every == 0}
