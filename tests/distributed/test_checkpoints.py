@@ -8,10 +8,12 @@ import pickle
 import random
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tp_trainer.checkpoint import snapshot, state, store
+from tp_trainer.checkpoint.files import local
+from tp_trainer.checkpoint.snapshot import Snapshots
 from tp_trainer.checkpoint.state import Checkpoints, SaveFailed
 from tp_trainer.checkpoint.store import Found, Sink, Store, _checksum, _render
 from tp_trainer.config import ConfigError
@@ -63,7 +67,7 @@ class Run:
 
     def everything(self) -> dict[str, torch.Tensor]:
         """This rank's part of all tensors, copied."""
-        return {name: state.local(tensor).clone() for name, tensor in self.saves._tensors(with_rng=False).items()}
+        return {name: local(tensor).clone() for name, tensor in self.saves._tensors(with_rng=False).items()}
 
     def ended(self) -> state.Saved:
         self.saves.wait()
@@ -140,7 +144,8 @@ def damage(path: Path, kind: str, position: float, length: float) -> None:
         content += b"\0"
     elif kind == "zeros":
         size = max(1, int(length * 512))
-        content[at : at + size] = bytes(len(content[at : at + size])) if any(content[at : at + size]) else b"\1" * len(content[at : at + size])
+        part = content[at : at + size]
+        content[at : at + size] = (b"\0" if any(part) else b"\1") * len(part)
     path.write_bytes(content)
 
 
@@ -184,12 +189,13 @@ def forge(path: Path, files: dict[str, bytes]) -> None:
 
 def test_forged_metadata_is_damage(ranks: RankPool, tmp_path: Path) -> None:
     tensor, chunk = ("tensors", "model.sharded"), ("tensors", "model.sharded", "chunks", 0)
-    forgeries = [
+    forgeries: list[Any] = [
         (("tensors",), None), (("tensors",), [1]), (tensor, 3), ((*tensor, "dtype"), "object"), ((*tensor, "dtype"), ["x"]),
         ((*tensor, "shape"), [64, -8]), ((*tensor, "shape"), [1 << 70, 8]), ((*tensor, "shape"), "ab"), ((*tensor, "shape"), [64.0, 8]),
-        ((*tensor, "chunks"), []), ((*tensor, "chunks"), {}), (chunk, None), ((*chunk, "file"), "../../secret"), ((*chunk, "file"), "/etc/passwd"),
-        ((*chunk, "file"), "state.json"), ((*chunk, "file"), 3), ((*chunk, "file"), []), ((*chunk, "start"), -4), ((*chunk, "start"), 1 << 40),
-        ((*chunk, "start"), True), ((*chunk, "bytes"), 8), ((*chunk, "offsets"), [40, 0]), ((*chunk, "offsets"), [0]), ((*chunk, "sizes"), [64, 8]),
+        ((*tensor, "chunks"), []), ((*tensor, "chunks"), {}), (chunk, None), ((*chunk, "file"), "../../secret"),
+        ((*chunk, "file"), "/etc/passwd"), ((*chunk, "file"), "state.json"), ((*chunk, "file"), 3), ((*chunk, "file"), []),
+        ((*chunk, "start"), -4), ((*chunk, "start"), 1 << 40), ((*chunk, "start"), True), ((*chunk, "bytes"), 8),
+        ((*chunk, "offsets"), [40, 0]), ((*chunk, "offsets"), [0]), ((*chunk, "sizes"), [64, 8]),
     ]  # fmt: skip
     for skipped in ranks.run(2, restore_forged, str(tmp_path / "run"), forgeries)[0]:
         assert len(skipped) == 1 and skipped[0].startswith("step_00000001 (damaged: metadata.json doesn't describe the files")
@@ -292,17 +298,22 @@ def raising(error: Exception) -> Callable[..., Any]:
     return fail
 
 
+def broken(target: Any, name: str, error: Exception) -> Callable[[], Any]:
+    return lambda: mock.patch.object(target, name, raising(error))
+
+
 FAULTS: dict[str, tuple[int, Callable[[], Any], str]] = {
     "full disk": (1, full_disk, "rank 1: OSError: [Errno 27] File too large"),
     "full disk on rank 0": (0, full_disk, "rank 0: OSError: [Errno 27] File too large"),
-    "makedirs": (0, lambda: mock.patch.object(store.os, "makedirs", raising(PermissionError("no directory"))), "no directory"),
-    "begin": (0, lambda: mock.patch.object(Store, "begin", raising(AssertionError("is there already"))), "rank 0: AssertionError: is there"),
-    "listing": (0, lambda: mock.patch.object(Store, "check", raising(ConnectionError("no storage"))), "rank 0: ConnectionError: no storage"),
-    "rename": (0, lambda: mock.patch.object(store.os, "rename", raising(OSError("no rename"))), "rank 0: OSError: no rename"),
-    "fsync": (1, lambda: mock.patch.object(store.os, "fsync", raising(OSError("disk is gone"))), "rank 1: OSError: disk is gone"),
-    "commit": (0, lambda: mock.patch.object(store, "_render", raising(MemoryError("no memory"))), "rank 0: MemoryError: no memory"),
-    "copy": (1, lambda: mock.patch.object(state.Snapshots, "take", raising(RuntimeError("out of memory"))), "rank 1: RuntimeError: out of memory"),
-}  # fmt: skip
+    "makedirs": (0, broken(os, "makedirs", PermissionError("no directory")), "rank 0: PermissionError: no directory"),
+    "begin": (0, broken(Store, "begin", AssertionError("is there already")), "rank 0: AssertionError: is there already"),
+    "listing": (0, broken(Store, "check", ConnectionError("no storage")), "rank 0: ConnectionError: no storage"),
+    "rename": (0, broken(os, "rename", OSError("no rename")), "rank 0: OSError: no rename"),
+    "fsync": (1, broken(os, "fsync", OSError("disk is gone")), "rank 1: OSError: disk is gone"),
+    "commit": (0, broken(store, "_render", MemoryError("no memory")), "rank 0: MemoryError: no memory"),
+    "copy": (1, broken(Snapshots, "take", RuntimeError("out of memory")), "rank 1: RuntimeError: out of memory"),
+}
+"""What goes wrong on which rank, and what all ranks are told."""
 
 
 def save_with_fault(run_dir: str, fault: str, last: bool) -> tuple[Any, ...]:
@@ -314,7 +325,7 @@ def save_with_fault(run_dir: str, fault: str, last: bool) -> tuple[Any, ...]:
     assert run.ended().path
     run.step()
     raised = None
-    with hinder() if dist.get_rank() == rank else suppress():
+    with hinder() if dist.get_rank() == rank else nullcontext():
         try:
             assert run.save(2, last) is None
         except SaveFailed as error:
@@ -346,7 +357,7 @@ def save_not_finite(run_dir: str) -> tuple[str | None, str | None]:
     for parameter, value in ((run.model.sharded, float("nan")), (run.model.low, float("-inf"))):
         kept = parameter.detach().clone()
         if dist.get_rank() == 1 or parameter is run.model.low:
-            state.local(parameter)[-1, -1] = value
+            local(parameter)[-1, -1] = value
         run.save(1, last=False)
         errors.append(run.ended().error)
         with torch.no_grad():
@@ -495,3 +506,13 @@ def retain(run_dir: str) -> list[str]:
 
 def test_retention(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(2, retain, str(tmp_path / "run"))[0] == ["step_00000002", "step_00000004", "step_00000006"]
+
+
+def test_kills_during_saving_tear_and_lose_nothing() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "kill_during_save.py"
+    if not script.exists():
+        pytest.skip("benchmarks/ is not part of a source distribution")
+    done = subprocess.run([sys.executable, str(script), "kills=6", "seed=3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = json.loads(done.stdout)
+    assert (counts["kills"], counts["torn"], counts["lost"]) == (6, 0, 0) and counts["leftovers"] and counts["saved"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -63,7 +64,8 @@ def save_some(settings: dict[str, Any], run_dir: str) -> Any:
     saves.wait()
     state = everything(made)
     made.step()
-    with mock.patch.object(Sink, "close", raising(ConnectionError("connection lost"))) if torch.distributed.get_rank() == 1 else mock.MagicMock():
+    lost = mock.patch.object(Sink, "close", raising(ConnectionError("connection lost")))
+    with lost if torch.distributed.get_rank() == 1 else nullcontext():
         saves.save(4, {**STATE, "step": 4}, last=False)
         saves.wait()
     return state, [each.error for each in saves.done()], saves.store.step_names()

@@ -26,7 +26,7 @@ from tp_trainer.checkpoint.store import FILE, METADATA, Damaged, Entry, Found, S
 SUFFIX = ".distcp"
 FILE_BYTES = 1 << 30  # after which a rank begins another file
 PIECE_BYTES = 64 << 20  # that go between devices and files at a time
-READ_THREADS = 4
+READ_THREADS, REMOTE_THREADS = 4, 16  # of a directory, of an object store: there it is waiting that takes the time
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
     torch.bool)}  # fmt: skip
@@ -211,7 +211,7 @@ def read_tensors(found: Found, stored: Mapping[str, Stored], tensors: Mapping[st
         if device is not None:  # a thread's own current device would be the first one
             torch.cuda.set_device(device)
 
-    with ThreadPoolExecutor(READ_THREADS, initializer=begin) as pool:
+    with ThreadPoolExecutor(READ_THREADS if store.local else REMOTE_THREADS, initializer=begin) as pool:
         for _ in pool.map(fill, items, targets):
             pass
 
