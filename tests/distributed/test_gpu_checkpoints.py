@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,19 +47,20 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 @pytest.mark.parametrize("where", ["device", "host", "none"])
 def test_what_is_written_is_the_state_at_the_save(tmp_path: Path, where: str) -> None:
     model, optimizer, saves = made(tmp_path, where != "none")
-    room = {} if where == "device" else {"mem_get_info": lambda device: (0, 1 << 40)}
+    room = nullcontext() if where == "device" else mock.patch.object(torch.cuda, "mem_get_info", lambda device: (0, 1 << 40))
     taken: list[str] = []
     take = snapshot.Snapshots.take
 
     def seen(self: Any, tensors: Any) -> Any:
-        made = take(self, tensors)
-        taken.append(made.where)
-        return made
+        copy = take(self, tensors)
+        taken.append(copy.where)
+        return copy
 
-    with mock.patch.object(snapshot.Snapshots, "take", seen), mock.patch.multiple(torch.cuda, **room):
+    with mock.patch.object(snapshot.Snapshots, "take", seen), room:
         for number in (1, 2):  # the second takes what the first has left
             step(model, optimizer)
             expected = {name: tensor.clone() for name, tensor in saves._tensors(with_rng=True).items()}
+            before = torch.cuda.memory_allocated()
             counts = {"step": number, "epoch": 0, "offset": 0, "tokens": 0, "global_batch_size": 1}
             saves.save(number, counts, last=False)
             for _ in range(5):
@@ -66,10 +68,9 @@ def test_what_is_written_is_the_state_at_the_save(tmp_path: Path, where: str) ->
             saves.wait()
             (saved,) = saves.done()
             assert saved.error is None
-            before = torch.cuda.memory_allocated()
+            assert torch.cuda.memory_allocated() <= before, "no copy is left on the device"
     assert taken == [where, where]
-    assert before <= torch.cuda.memory_allocated(), "no copy is left on the device"
-    other, _, restorer = made(tmp_path)
+    _, _, restorer = made(tmp_path)
     found = restorer.store.check("step_00000002")
     assert isinstance(found, Found) and restorer.damage(found) is None
     restorer.restore(found)
