@@ -117,6 +117,22 @@ def test_a_manifest_of_nonsense_is_damage(store: Store, content: bytes) -> None:
         store.remove("step_00000002")
 
 
+def test_every_bit_of_the_small_files_counts(store: Store) -> None:
+    save(store, 1)
+    for file in ("manifest.json", "state.json"):
+        path, content = f"{store.root}/step_00000001/{file}", store.read(f"step_00000001/{file}")
+        more = [content + b"\n", content.replace(b"\n", b"\r\n"), content.replace(b" ", b"", 1), content[:-1]]
+        for bit in range(0, 8 * len(content), 1 if not store.local else 7):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            more.append(bytes(flipped))
+        for other in more:
+            store.fs.pipe_file(path, other)
+            assert isinstance(store.check("step_00000001"), str), other
+        store.fs.pipe_file(path, content)
+        assert isinstance(store.check("step_00000001"), Found)
+
+
 def forged(path: Path, change: Any) -> None:
     """A manifest with its checksum in order, of another content."""
     from tp_trainer.checkpoint.store import _checksum, _render
@@ -127,11 +143,11 @@ def forged(path: Path, change: Any) -> None:
     (path / "manifest.json").write_bytes(_render({**values, "checksum": _checksum(values)}))
 
 
-@pytest.mark.parametrize("name", ["../step_00000001/x", "/etc/passwd", "a/b", "..", ".", ".hidden", "", "a\\b", "a\0b", "x" * 300, "ä"])
+@pytest.mark.parametrize("name", ["../step_00000001/x", "/etc/passwd", "a/b", "..", ".", ".hidden", "", "a\\b", "a\0b", "ä"])
 def test_names_cannot_leave_the_directory(disk: Store, name: str) -> None:
     path = write(disk, 1)
     forged(path, lambda values: values["files"].update({name: values["files"].pop(SHARD)}))
-    assert "damaged" in str(disk.check("step_00000001"))
+    assert str(disk.check("step_00000001")).startswith("damaged: manifest.json names ")
 
 
 @pytest.mark.parametrize("change", [

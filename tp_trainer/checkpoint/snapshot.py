@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class Snapshots:
         self.device, self.asynchronous = device, asynchronous
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.host: torch.Tensor | None = None
+        self.unpin: Callable[[], object] = lambda: None
         self.peak = 0  # bytes that the training alone has taken of the device at most
         self.cloned = 0  # bytes of the last copy on the device
 
@@ -60,13 +62,16 @@ class Snapshots:
             begins.append(end)
             end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         if self.host is None or self.host.numel() < end:
+            self.unpin()
             self.host = None
             free = free_host_memory()
             if free is not None and end * ranks_here() > HOST_PART * free:
                 return None
             self.host = torch.empty(end, dtype=torch.uint8)
             if self.stream is not None:  # pinned: copies are several times as fast. Where it can't be, it stays as it is
-                torch.cuda.cudart().cudaHostRegister(self.host.data_ptr(), end, 0)
+                runtime, address = torch.cuda.cudart(), self.host.data_ptr()
+                if int(runtime.cudaHostRegister(address, end, 0)) == 0:
+                    self.unpin = weakref.finalize(self, runtime.cudaHostUnregister, address)  # before the memory is free
         copies = {}
         for begin, (name, tensor) in zip(begins, tensors.items(), strict=True):
             copies[name] = self.host[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
