@@ -293,9 +293,9 @@ def test_one_found_damaged_keeps_nothing(disk: Store) -> None:
     write(disk, 10)
     write(disk, 30)
     write(disk, 20)  # the run went on from 10
-    disk.keep(1, damaged={"step_00000030"}, sure="step_00000020")
-    assert kept(disk) == [20, 30]
-    disk.keep(1, sure="step_00000020")  # not known any more
+    disk.keep(2, damaged={"step_00000030"}, sure="step_00000020")
+    assert kept(disk) == [10, 20, 30]
+    disk.keep(1, sure="step_00000020")  # not known any more: what was just written stays all the same
     assert kept(disk) == [20, 30]
 
 

@@ -21,6 +21,7 @@ from tp_trainer.loop import Hooks, Position
 from tp_trainer.tracker import Tracker, build_tracker
 
 T = TypeVar("T")
+LAST_SAVE_SECONDS = 60  # that a failed rank waits for the checkpoint it is writing
 
 
 class Node:
@@ -87,6 +88,8 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.checkpoints.wait(LAST_SAVE_SECONDS)  # after an error, too: the process ends, and with it what is being written
+        self._tell_saves()
         if self.profiler is not None:
             self.profiler.stop()
         if self.tracker is not None:

@@ -485,7 +485,7 @@ def go_on_before_a_damaged_one(run_dir: str) -> list[str]:
         run.step()
         run.save(step)
     first_rank(lambda: damage(Path(f"{run_dir}/step_00000009/00000_0000.distcp"), "bit", 0.5, 0.5))
-    run = Run(run_dir, keep_last=1)
+    run = Run(run_dir, keep_last=2)
     found, _ = run.saves.newest()
     assert found is not None and found.step == 1
     run.save(4)
@@ -494,7 +494,7 @@ def go_on_before_a_damaged_one(run_dir: str) -> list[str]:
 
 
 def test_retention_counts_no_damaged_one(ranks: RankPool, tmp_path: Path) -> None:
-    assert ranks.run(2, go_on_before_a_damaged_one, str(tmp_path / "run"))[0] == ["step_00000004", "step_00000009"]
+    assert ranks.run(2, go_on_before_a_damaged_one, str(tmp_path / "run"))[0] == ["step_00000001", "step_00000004", "step_00000009"]
 
 
 def retain(run_dir: str) -> list[str]:

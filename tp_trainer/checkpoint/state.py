@@ -59,7 +59,7 @@ class _Plan:
 
 
 class Checkpoints:
-    """Saves and restores one model and its optimizer. Every method but `done` is called by all ranks together."""
+    """Saves and restores one model and its optimizer. Every method but `done` and `wait` is called by all ranks together."""
 
     def __init__(
         self,
@@ -129,11 +129,12 @@ class Checkpoints:
             raise SaveFailed(f"checkpoint of step {step} failed: {saved.error}")
         return saved.path if last else None
 
-    def wait(self) -> None:
-        """Until nothing is being written."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Until nothing is being written, or so long."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(seconds)
+            if not self._thread.is_alive():
+                self._thread = None
 
     def done(self) -> list[Saved]:
         """The saves that have ended since this was last asked."""
