@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from tp_trainer.loop import Hooks, Position
 from tp_trainer.tracker import Tracker, build_tracker
 
 T = TypeVar("T")
+LAST_SAVE_SECONDS = 60  # that a failed rank waits for the checkpoint it is writing
 
 
 class Node:
@@ -76,6 +78,7 @@ class Reporter:
         self.tracker: Tracker | None = None
         self.profiler: torch.profiler.profile | None = None
         self.last_checkpoint: str | None = None
+        self.failed_saves = 0
 
     def __enter__(self) -> Reporter:
         self.tracker = self.node.agree(lambda: build_tracker(self.config, self.config.run_dir) if self.node.rank == 0 else None)
@@ -85,6 +88,8 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.checkpoints.wait(LAST_SAVE_SECONDS)  # after an error, too: the process ends, and with it what is being written
+        self._tell_saves()
         if self.profiler is not None:
             self.profiler.stop()
         if self.tracker is not None:
@@ -105,25 +110,53 @@ class Reporter:
 
     def stepped(self, step: int) -> None:
         self._push({"step": step})
+        self._tell_saves()
         if self.profiler is not None:
             self.profiler.step()
 
     def save(self, position: Position, validation_loss: float | None, last: bool) -> None:
-        """A checkpoint of all ranks, made known to Ray Train."""
+        """A checkpoint of all ranks, written in the background; the last one is waited for and made known to Ray Train.
+
+        Raises:
+            SaveFailed: the last one doesn't count. An earlier one that failed is told of, and training goes on.
+        """
         state = {
             "step": position.step, "epoch": position.cursor.epoch, "offset": position.cursor.offset, "tokens": position.tokens,
             "global_batch_size": self.global_batch_size, "seed": self.config.seed, "launch": self.launch,
-            "layout": self.config.parallelism.layout, "validation_loss": validation_loss, "guard": position.guard,
+            "layout": self.config.parallelism.layout,
+            "validation_loss": validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
+            "guard": position.guard,
         }  # fmt: skip
-        self.last_checkpoint = self.checkpoints.save(position.step, state)
+        try:
+            self.checkpoints.save(position.step, state, last)
+        finally:
+            self._tell_saves()
         if self.tracker is not None:
             self.tracker.flush()
+        if not last or self.last_checkpoint is None:
+            return
         name = self.last_checkpoint.rsplit("/", 1)[-1]
         ray.train.report(
             {"step": position.step, "validation_loss": validation_loss},
             checkpoint=Checkpoint(f"{self.node.storage.experiment_fs_path}/{name}", self.node.storage.storage_filesystem),
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
+
+    def _tell_saves(self) -> None:
+        """Of the saves that have ended since: a row of what they took, a sentence about what went wrong."""
+        for saved in self.checkpoints.done():
+            for note in saved.notes:
+                self._push({"event": note})
+            if saved.path is None:
+                self.failed_saves += 1
+                self._push({"event": f"warning: the checkpoint of step {saved.step} failed: {saved.error}"})
+                continue
+            self.last_checkpoint = saved.path
+            if self.tracker is not None:
+                self.tracker.log({
+                    "step": saved.step, "checkpoint_pause_seconds": saved.pause_seconds, "checkpoint_seconds": saved.seconds,
+                    "checkpoint_bytes": saved.bytes,
+                }, saved.step)  # fmt: skip
 
     def _push(self, item: dict[str, Any]) -> None:
         """To the driver, without waiting."""

@@ -32,7 +32,8 @@ TINY = 1e-4  # GiB: a file for every tensor or two
 
 def save_untouched(settings: dict[str, Any], run_dir: str) -> None:
     made = trainer(settings)
-    Checkpoints(run_dir, 2, made.model.module, made.optimizer, made.mesh.device).save(3, {"step": 3})
+    state = {"step": 3, "epoch": 0, "offset": 24, "tokens": 99, "global_batch_size": 8}
+    Checkpoints(run_dir, 2, made.model.module, made.optimizer, made.mesh.device).save(3, state)
 
 
 @pytest.fixture(scope="module")

@@ -136,9 +136,12 @@ class Train:
 
 @dataclass
 class Checkpoint:
-    storage_path: str = setting("outputs", "where runs live: a local or shared directory")
+    storage_path: str = setting("outputs", "where runs live: a local or shared directory, or a URL such as s3://bucket/runs")
     interval: int | None = setting(100, "steps between checkpoints; null = at the end only", least=1)
-    keep_last: int = setting(2, "how many checkpoints to keep", least=1)
+    asynchronous: bool = setting(True, "write checkpoints while training goes on, from a copy; false = training waits")
+    keep_last: int = setting(2, "how many checkpoints to keep, the newest", least=1)
+    keep_every: int | None = setting(None, "keep those whose step is divisible by this as well; null = none", least=1)
+    keep_best: int = setting(0, "how many to keep as well of those with the lowest validation loss", least=0)
     resume: str = setting("auto", "auto, never, or the path of a checkpoint")
     path: str | None = setting(None, "task=export: the checkpoint to export")
 
