@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from launching import Ended, Launcher
 
-from tp_trainer import cli, driver
+from tp_trainer import cli
 from tp_trainer.checkpoint.store import Store
 from tp_trainer.config import ConfigError, load
+from tp_trainer.driver import preflight, ray_cluster, training
 
 Call = Callable[..., Ended]
 
@@ -35,7 +36,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("sys.argv", ["launch.py"])
-    monkeypatch.setattr(driver, "_ray", ray)
+    monkeypatch.setattr(ray_cluster, "connected", ray)
 
     def call(*overrides: str) -> Ended:
         code: Any = 0
@@ -85,7 +86,7 @@ def test_gpus_but_too_few(launch: Call, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_model_that_does_not_fit_the_memory(launch: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_free_memory", lambda: 64 * 2**30)
+    monkeypatch.setattr(preflight, "_free_memory", lambda: 64 * 2**30)
     refused(launch("model=qwen2_7b", "model.weights=random"), "model.name=Qwen/Qwen2-7B: training on CPU needs about 113 GiB",
             "64 GiB are free")  # fmt: skip
 
@@ -143,20 +144,20 @@ def test_a_pinned_checkpoint_that_its_run_has_passed(launch: Call, tmp_path: Pat
 
 def test_never_keeps_the_old_run_aside(launch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_checkpoint(tmp_path / "outputs" / "a", 4)
-    monkeypatch.setattr(driver, "_ray", lambda *_: nullcontext())
+    monkeypatch.setattr(ray_cluster, "connected", lambda *_: nullcontext())
 
     def too_small(_: Any) -> None:
         raise ConfigError("parallelism", "tp2_dp2", "needs more")
 
-    monkeypatch.setattr(driver, "_check_capacity", too_small)
+    monkeypatch.setattr(ray_cluster, "check_capacity", too_small)
     refused(launch("experiment_name=a", "checkpoint.resume=never"), "needs more")
     assert (tmp_path / "outputs" / "a" / "step_00000004" / "manifest.json").is_file()  # what can't start moves nothing
 
     def fit(*_: Any) -> None:
         raise SystemExit(WENT_ON)
 
-    monkeypatch.setattr(driver, "_check_capacity", lambda _: None)
-    monkeypatch.setattr(driver, "_fit", fit)
+    monkeypatch.setattr(ray_cluster, "check_capacity", lambda _: None)
+    monkeypatch.setattr(training, "_fit", fit)
     ended = launch("experiment_name=a", "checkpoint.resume=never")
     assert ended.code == WENT_ON
     (kept,) = (tmp_path / "outputs").glob("a.before-*")
@@ -206,7 +207,7 @@ def test_a_cluster_that_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("ray.init", init)
     config = load({"cluster": {"kind": "ray"}, "model": {"name": None, "architecture": TINY}})
-    with pytest.raises(ConfigError, match=r"address=auto: wants a token: set RAY_AUTH_MODE=token"), driver._ray(config.cluster, 4):
+    with pytest.raises(ConfigError, match="address=auto: wants a token: set RAY_AUTH_MODE"), ray_cluster.connected(config.cluster, 4):
         pass
 
 
