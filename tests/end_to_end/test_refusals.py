@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +14,7 @@ import pytest
 from launching import Ended, Launcher
 
 from tp_trainer import cli
+from tp_trainer.checkpoint.owner import OWNER, Owner
 from tp_trainer.checkpoint.store import Store
 from tp_trainer.config import ConfigError, load
 from tp_trainer.driver import preflight, ray_cluster, training
@@ -170,6 +173,27 @@ def test_a_damaged_checkpoint_is_passed_over(launch: Call, tmp_path: Path) -> No
     newer = fake_checkpoint(tmp_path / "outputs" / "a", 8, global_batch_size=16)
     (newer / "state.json").write_text("")
     refused(launch("experiment_name=a", "parallelism=tp1_dp4"), "train.global_batch_size=8: ")
+
+
+# ------------------------------------------------------------------------------------------------------- one writer
+
+
+def test_a_second_run_of_the_same_name(launch: Call, tmp_path: Path) -> None:
+    owner = Owner(Store(str(tmp_path / "outputs" / "a")), "first")
+    owner.claim("experiment_name", "a")
+    ended = launch("experiment_name=a")
+    refused(ended, f"experiment_name=a: is being trained by process {os.getpid()} on {socket.gethostname()}, since 2")
+    assert ended.seconds < 5
+    owner.release()
+    assert launch("experiment_name=a").code == WENT_ON
+    assert not (tmp_path / "outputs" / "a" / OWNER).exists(), "given back, however it ends"
+
+
+def test_a_dead_owner_is_named_and_followed(launch: Call, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "outputs" / "a"))
+    store.write_json(OWNER, {**Owner(store, "old").record, "started": "1", "heartbeat": time.time()})
+    ended = launch("experiment_name=a")
+    assert ended.code == WENT_ON and f"taking over from process {os.getpid()} on" in ended.out
 
 
 # ------------------------------------------------------------------------------------------------ as from the shell

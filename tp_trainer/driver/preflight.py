@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from tp_trainer.checkpoint.owner import LOCK, OWNER
 from tp_trainer.checkpoint.store import Found, Store, at
 from tp_trainer.config import RUN_LENGTH, Config, ConfigError, architecture, check_global_batch, check_same_run
 from tp_trainer.data.sources import absolute, check_source
@@ -138,5 +139,8 @@ def set_aside(config: Config, store: Store, view: View) -> None:
     if "://" in store.run_dir:
         raise ConfigError("checkpoint.resume", "never", f"{store.run_dir} holds checkpoints; give another experiment_name")
     kept = f"{store.run_dir}.before-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    os.rename(store.run_dir, kept)
+    os.makedirs(kept)
+    for name in os.listdir(store.run_dir):
+        if name not in (OWNER, LOCK):  # they are this process's
+            os.rename(f"{store.run_dir}/{name}", f"{kept}/{name}")
     view.update({"event": f"checkpoint.resume=never: the run that was there is kept as {kept}"})

@@ -13,12 +13,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import tp_trainer
+from tp_trainer.checkpoint.owner import Owner
 from tp_trainer.checkpoint.store import Store, launch_file
 from tp_trainer.config import SWEEP_WORKERS, Cluster, Config, ConfigError
 from tp_trainer.driver.errors import RunFailed
@@ -27,23 +28,32 @@ ANSWER_SECONDS = 5  # until a cluster's address counts as dead
 
 
 @contextmanager
-def started(config: Config, store: Store, before: Callable[[], None] = lambda: None) -> Iterator[str]:
-    """A Ray with room for the workers. Gives the name of this start, by which they know that they see the same storage.
+def started(config: Config, store: Store, before: Callable[[], None] = lambda: None, say: Callable[[str], None] = print) -> Iterator[Owner]:
+    """The run's directory as this process's own, and a Ray with room for the workers.
+
+    Gives the owner. Its `launch` is the name of this start, by which the workers know that they see the same storage.
 
     Args:
         before: called once the cluster can take the run, before anything is written.
+        say: takes a sentence for the user.
+
+    Raises:
+        ConfigError: another process trains there, or the cluster has no room.
     """
-    launch = uuid.uuid4().hex[:12]
+    owner = Owner(store, uuid.uuid4().hex[:12])
     workers = max(config.parallelism.world_size, int(os.environ.get(SWEEP_WORKERS, 0)))  # one Ray for all jobs of a sweep
-    with sigterm_exits(), connected(config.cluster, workers * config.cluster.cpus_per_worker):
+    with sigterm_exits(), ExitStack() as stack:
+        owner.claim("experiment_name", str(config.experiment_name))
+        stack.callback(owner.release)
+        if owner.taken_over:
+            say(owner.taken_over)
+        stack.enter_context(connected(config.cluster, workers * config.cluster.cpus_per_worker))
         check_capacity(config)
         before()
         store.remove_all(launch_file("*"))  # what killed drivers left
-        store.write_text(launch_file(launch), "")
-        try:
-            yield launch
-        finally:
-            store.remove(launch_file(launch))
+        store.write_text(launch_file(owner.launch), "")
+        stack.callback(store.remove, launch_file(owner.launch))
+        yield owner
 
 
 def inside_ray_job() -> bool:

@@ -37,10 +37,10 @@ def train(config: Config) -> dict[str, Any]:
         if config.checkpoint.resume == "never":
             set_aside(config, store, view)
 
-    with started(config, store, before) as launch:
+    with started(config, store, before, lambda text: view.update({"event": text})) as owner:
         store.write_text("config.yaml", to_yaml(config))
         try:
-            summary = _fit(config, tokenizer, launch, began, store, view)
+            summary = _fit(config, tokenizer, owner.launch, began, store, view)
         finally:
             view.close()
     print(summary_lines(summary), flush=True)
