@@ -133,6 +133,7 @@ class Checkpoint:
     interval: int | None = setting(100, "steps between checkpoints; null = at the end only", least=1)
     keep_last: int = setting(2, "how many checkpoints to keep", least=1)
     resume: str = setting("auto", "auto, never, or the path of a checkpoint")
+    allow_mismatch: list[str] = setting([], "keys in which a resume may differ from the checkpoint's run, e.g. [optim.lr,data]")
     path: str | None = setting(None, "task=export: the checkpoint to export")
 
 

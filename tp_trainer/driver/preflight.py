@@ -101,13 +101,15 @@ def _settle_global_batch(config: Config, store: Store) -> None:
     found: Found | str | None = None
     if config.checkpoint.resume == "auto":
         found = store.newest()[0]
-        stored = store.read_yaml("config.yaml") if found else None
-        if stored:
-            check_same_run(config, stored)
+        if found and (stored := store.read_yaml("config.yaml")):
+            check_same_run(config, stored, store.run_dir)
     elif config.checkpoint.resume != "never":
         found = at(config.checkpoint.resume)
         if isinstance(found, str):
             raise ConfigError("checkpoint.resume", config.checkpoint.resume, f"{found}; give auto, never or a checkpoint's directory")
+        place = found.path.rpartition("/")[0]
+        if stored := Store(place).read_yaml("config.yaml"):
+            check_same_run(config, stored, place)
         newest = store.newest()[0]
         if newest is not None and newest.step > found.step:
             raise ConfigError("checkpoint.resume", config.checkpoint.resume,
