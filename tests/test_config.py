@@ -236,3 +236,8 @@ def test_degrees(heads: int, kv_heads: int, inner: int, degrees: list[int]) -> N
     """Heads and intermediate size divided; key/value heads divided or replicated; any vocabulary."""
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": inner, "vocab_size": 509}
     assert Architecture.of({**NUMBERS, **sizes}, "it").tp_degrees() == degrees
+
+
+def test_key_norms_over_all_heads_forbid_replication() -> None:
+    sizes = {"model_type": "olmo2", "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 384}
+    assert Architecture.of({**NUMBERS, **sizes}, "it").tp_degrees() == [1, 2]

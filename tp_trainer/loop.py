@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from tp_trainer.config import Config, architecture
+from tp_trainer.config import Config, Train, Unrecoverable, architecture
 from tp_trainer.data import IGNORE_INDEX, Cursor, DataStream
 from tp_trainer.metrics import flops_per_token, peak_flops, peak_memory_gib
 from tp_trainer.models.build import ParallelModel
-from tp_trainer.optim import learning_rate, set_learning_rate
+from tp_trainer.optim import Guard, learning_rate, set_learning_rate
+from tp_trainer.parallel.agreement import LEAVE, STOP, Agreement
 from tp_trainer.parallel.drift import check_replicas
 from tp_trainer.parallel.gradients import clip, global_norm, sum_over_tp
 from tp_trainer.parallel.mesh import Mesh
@@ -29,6 +31,11 @@ class Position:
     step: int = 0  # optimizer steps done
     cursor: Cursor = field(default_factory=Cursor)
     tokens: int = 0  # label tokens trained on
+    guard: dict[str, Any] = field(default_factory=dict)  # optim.Guard's memory, at a save
+
+
+class Diverged(Unrecoverable):
+    """As many steps in a row as `train.max_skipped_steps` had to be skipped."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class Hooks:
 
     log: Callable[[dict[str, Any]], None]  # a row of metrics.jsonl
     stepped: Callable[[int], None]  # a step is done
-    save: Callable[[Position, float | None], None]  # write a checkpoint; the last validation loss
+    save: Callable[[Position, float | None, bool], None]  # write a checkpoint; the last validation loss; whether to wait until it counts
+    wishes: Callable[[], int] = lambda: 0  # SAVE, STOP, LEAVE: what this rank knows of; asked once a step
 
 
 @dataclass
@@ -47,34 +55,51 @@ class Outcome:
     position: Position
     training_seconds: float
     tokens_trained: int  # by this start of the program
+    skipped_steps: int
+    ended: Literal["finished", "stopped", "left"]  # at its end, by a wish of STOP or of LEAVE
 
 
 def train(
     config: Config, model: ParallelModel, optimizer: torch.optim.Optimizer, data: DataStream, mesh: Mesh, start: Position, hooks: Hooks
 ) -> Outcome:
-    """Train from `start` to the end of the run. The first and the last step are logged, the last is evaluated and saved."""
+    """Train from `start` to the end of the run. The first and the last step are logged, the last is evaluated and saved.
+
+    A wish of any rank is fulfilled by all of them after the step in which it was uttered; one to end the run ends it there,
+    saved but not evaluated.
+
+    Raises:
+        Drifted: parameters that are replicated over tp differ.
+        Diverged: too many steps in a row were skipped.
+    """
     train, total = config.train, data.total_steps(config.train)
     flops, peak = flops_per_token(architecture(config), config.data.seq_length or 0), peak_flops(mesh.device)
     position, loss_value, validation_loss = start, None, None
+    agreement, guard = Agreement(), Guard(train, mesh.device, start.guard)
+    ended: Literal["finished", "stopped", "left"] = "finished"
     began = marked = time.perf_counter()
     marked_step, marked_tokens = position.step, position.tokens
     for step in range(start.step + 1, total + 1):
+        agreement.ask(hooks.wishes())
         batches, cursor = data.step(position.cursor)
         lr = learning_rate(config.optim, step - 1, total)
         set_learning_rate(optimizer, lr)
-        loss, norm = train_step(model, optimizer, batches, mesh, train.clip_grad_norm)
+        loss, norm = train_step(model, optimizer, batches, mesh, train.clip_grad_norm, guard)
         position = Position(step, cursor, position.tokens + global_tokens(config, data))
         hooks.stepped(step)
-        last = step == total
+        wishes, last = agreement.answer(), step == total
+        if not last and wishes & (STOP | LEAVE):
+            ended = "stopped" if wishes & STOP else "left"
+        saves = bool(wishes) or last or (config.checkpoint.interval is not None and step % config.checkpoint.interval == 0)
+        report_skipped(guard.seen(step, at_once=saves), train, hooks)
         if train.drift_interval and (last or step % train.drift_interval == 0):
             check_replicas(model.module.named_parameters(), mesh, step)
         if step % train.log_interval == 0 or step == start.step + 1 or last:
-            loss_value = loss.item()  # waits for the device
+            loss_value = finite(loss)  # waits for the device
             now = time.perf_counter()
             seconds, tokens = now - marked, position.tokens - marked_tokens
             rate = tokens / seconds
             hooks.log({
-                "step": step, "epoch": cursor.epoch, "tokens": position.tokens, "loss": loss_value, "grad_norm": norm.item(), "lr": lr,
+                "step": step, "epoch": cursor.epoch, "tokens": position.tokens, "loss": loss_value, "grad_norm": finite(norm), "lr": lr,
                 "tokens_per_second": rate, "tokens_per_second_per_worker": rate / config.parallelism.world_size,
                 "mfu": rate * flops / config.parallelism.world_size / peak if peak else None,
                 "memory_gib": peak_memory_gib(mesh.device), "step_seconds": seconds / (step - marked_step),
@@ -84,12 +109,30 @@ def train(
         if last or (train.eval_interval and step % train.eval_interval == 0):
             validation_loss = evaluate(model, data.evaluation(), mesh)
             hooks.log({"step": step, "validation_loss": validation_loss})
-        if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
-            hooks.save(position, validation_loss)
+        if saves:
+            hooks.save(replace(position, guard=guard.memory()), validation_loss, last or ended != "finished")
         marked += time.perf_counter() - paused  # evaluating and saving is not training
-    if validation_loss is None:  # a resume at or past the end: no step was left
+        if ended != "finished":
+            break
+    if validation_loss is None and ended == "finished":  # a resume at or past the end: no step was left
         validation_loss = evaluate(model, data.evaluation(), mesh)
-    return Outcome(loss_value, validation_loss, position, time.perf_counter() - began, position.tokens - start.tokens)
+    seconds = time.perf_counter() - began
+    return Outcome(loss_value, validation_loss, position, seconds, position.tokens - start.tokens, guard.skipped, ended)
+
+
+def report_skipped(skipped: list[tuple[int, int, int]], train: Train, hooks: Hooks) -> None:
+    """Log the steps that were skipped; end the run where they are too many in a row."""
+    for step, count, in_a_row in skipped:
+        hooks.log({"step": step, "skipped_steps": count})
+        if train.max_skipped_steps is not None and in_a_row >= train.max_skipped_steps:
+            raise Diverged(f"step {step} is the {in_a_row}th in a row whose loss or gradient norm is no number (or a spike); "
+                           "give a lower optim.lr or more optim.warmup_steps, or resume from an earlier checkpoint")  # fmt: skip
+
+
+def finite(value: torch.Tensor) -> float | None:
+    """A number for the log; None for what is none."""
+    number = value.item()
+    return number if math.isfinite(number) else None
 
 
 def global_tokens(config: Config, data: DataStream) -> int:
@@ -103,6 +146,7 @@ def train_step(
     batches: list[Batch],
     mesh: Mesh,
     clip_grad_norm: float | None,
+    guard: Guard | None = None,
     before_clipping: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over this rank's micro-batches.
@@ -111,6 +155,7 @@ def train_step(
     averages over dp, so each part is scaled by dp / global tokens before its backward pass.
 
     Args:
+        guard: decides whether the step counts; where it doesn't, parameters and optimizer state stay as they are.
         before_clipping: called once every gradient is whole (summed over tp, reduced over dp).
 
     Returns:
@@ -126,10 +171,12 @@ def train_step(
     dist.all_reduce(total, group=mesh.dp_group)
     sum_over_tp(model.summed_over_tp, mesh)
     parameters = model.parameters
-    norm = global_norm(parameters, mesh)
+    norm = global_norm(parameters, mesh, total)
     before_clipping()
     if clip_grad_norm is not None:
         clip(parameters, norm, clip_grad_norm)
+    if guard is not None:
+        optimizer.found_inf = guard.judge(total, norm)  # type: ignore[attr-defined]  # fused AdamW does nothing where it is 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total, norm

@@ -108,12 +108,12 @@ class Reporter:
         if self.profiler is not None:
             self.profiler.step()
 
-    def save(self, position: Position, validation_loss: float | None) -> None:
+    def save(self, position: Position, validation_loss: float | None, last: bool) -> None:
         """A checkpoint of all ranks, made known to Ray Train."""
         state = {
             "step": position.step, "epoch": position.cursor.epoch, "offset": position.cursor.offset, "tokens": position.tokens,
             "global_batch_size": self.global_batch_size, "seed": self.config.seed, "launch": self.launch,
-            "layout": self.config.parallelism.layout, "validation_loss": validation_loss,
+            "layout": self.config.parallelism.layout, "validation_loss": validation_loss, "guard": position.guard,
         }  # fmt: skip
         self.last_checkpoint = self.checkpoints.save(position.step, state)
         if self.tracker is not None:

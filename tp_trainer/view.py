@@ -56,6 +56,8 @@ class View:
         if "validation_loss" in row:
             self.validation_loss = row["validation_loss"]
             self._line(f"{self._position()} | validation loss {_loss(self.validation_loss)}")
+        elif "skipped_steps" in row:
+            self._line(f"step {row['step']} skipped: its loss or gradient norm is no number, or a spike ({row['skipped_steps']} so far)")
         elif "loss" in row:
             self.row = dict(row)
             if self.live is None:

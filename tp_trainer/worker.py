@@ -49,6 +49,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "steps": outcome.position.step, "tokens": outcome.position.tokens, "loss": outcome.loss,
         "validation_loss": outcome.validation_loss, "unigram_loss": data.unigram_loss,
+        "skipped_steps": outcome.skipped_steps,
         "tokens_per_second": outcome.tokens_trained / outcome.training_seconds if outcome.tokens_trained else None,
         "resumed_from": found.step if found else None, "skipped_checkpoints": skipped,
         "checkpoint": reporter.last_checkpoint or (found.path if found else None),
@@ -71,4 +72,5 @@ def restore(config: Config, launch: str, checkpoints: Checkpoints, total_steps: 
     if found is None:
         return Position(), None, skipped
     state = checkpoints.restore(found)
-    return Position(found.step, Cursor(int(state["epoch"]), int(state["offset"])), int(state["tokens"])), found, skipped
+    cursor = Cursor(int(state["epoch"]), int(state["offset"]))
+    return Position(found.step, cursor, int(state["tokens"]), state.get("guard", {})), found, skipped

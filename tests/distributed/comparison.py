@@ -20,3 +20,15 @@ def compare(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     assert set(got["parameters"]) == set(expected["parameters"])
     off = {name: ((got["parameters"][name] - value).norm() / value.norm()).item() for name, value in expected["parameters"].items()}
     assert max(off.values()) <= TOLERANCE, {name: part for name, part in off.items() if part > TOLERANCE}
+
+
+def certify(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The tolerances of task=verify in float32; of a parameter's gradient, the norm is floored at 1e-6 of the whole one's."""
+    assert got["losses"] == pytest.approx(expected["losses"], rel=1e-6, abs=0)
+    assert got["norms"] == pytest.approx(expected["norms"], rel=1e-5, abs=0)
+    floor = 1e-6 * expected["norms"][0]
+    assert set(got["gradients"]) == set(expected["gradients"])
+    off = {name: ((got["gradients"][name] - value).norm() / value.norm().clamp(min=floor)).item()
+           for name, value in expected["gradients"].items()}  # fmt: skip
+    assert max(off.values()) <= 1e-5, {name: part for name, part in off.items() if part > 1e-5}
+    assert max(off.values()) > 0, "compared with itself"

@@ -53,6 +53,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_dropout": {"model_type": "qwen2", **SIZES, "attention_dropout": 0.2},
 }
 
+# each family with all of it at once: fewer key/value heads than tp, a vocabulary that tp doesn't divide, a tied head
+AWKWARD: dict[str, Any] = {"num_key_value_heads": 2, "vocab_size": 509, "tie_word_embeddings": True}
+TYPES = [name for name, each in FAMILIES.items() if each["model_type"] == name]
+FAMILIES |= {f"{name}_awkward": {**FAMILIES[name], **AWKWARD} for name in TYPES}
+
 
 def plain_model(architecture: dict[str, Any], seed: int = 0) -> Any:
     """transformers' model on the CPU; biases and norms are no longer 0 and 1, so that they can't be swapped unseen."""
@@ -125,6 +130,7 @@ class Reference:
         name = settings["model"]["name"]
         self.model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager", dtype=torch.float32).train()
         self.clip = settings["train"]["clip_grad_norm"]
+        self.gradients: dict[str, torch.Tensor] = {}  # of the first step, unclipped
         named = list(self.model.named_parameters())
         groups = [
             {"params": [p for n, p in named if is_decayed(n)], "weight_decay": optim.weight_decay},
@@ -141,6 +147,7 @@ class Reference:
     def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
         loss = self.loss(inputs, labels)
         loss.backward()
+        self.gradients = self.gradients or {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -148,4 +155,5 @@ class Reference:
 
     def run(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
         losses, norms = zip(*(self.step(*batch) for batch in batches), strict=True)
-        return {"losses": losses, "norms": norms, "parameters": {n: p.detach().clone() for n, p in self.model.named_parameters()}}
+        parameters = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        return {"losses": losses, "norms": norms, "gradients": self.gradients, "parameters": parameters}

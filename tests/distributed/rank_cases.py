@@ -31,12 +31,13 @@ class Trainer:
     data: DataStream
     cursor: Cursor
 
-    def step(self, masked: bool = False) -> tuple[float, float]:
+    def step(self, masked: bool = False, before_clipping: Callable[[], None] = lambda: None) -> tuple[float, float]:
         """One optimizer step: loss and gradient norm."""
         batches, self.cursor = self.data.step(self.cursor)
         if masked:
             batches = [{**batch, "labels": mask_labels(batch["input_ids"], batch["labels"])} for batch in batches]
-        loss, norm = train_step(self.model, self.optimizer, batches, self.mesh, self.config.train.clip_grad_norm)
+        clip = self.config.train.clip_grad_norm
+        loss, norm = train_step(self.model, self.optimizer, batches, self.mesh, clip, before_clipping=before_clipping)
         return loss.item(), norm.item()
 
 
@@ -62,10 +63,16 @@ def whole_parameters(model: ParallelModel) -> dict[str, torch.Tensor] | None:
 
 
 def run_steps(settings: dict[str, Any], steps: int, masked: bool = False) -> dict[str, Any]:
-    """Losses, gradient norms and final parameters of some steps."""
+    """Losses, gradient norms and final parameters of some steps, and the gradients of the first."""
     made = trainer(settings)
-    losses, norms = zip(*(made.step(masked) for _ in range(steps)), strict=True)
-    return {"losses": losses, "norms": norms, "parameters": whole_parameters(made.model)}
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep() -> None:
+        gradients.update({name: whole(p.grad) for name, p in made.model.module.named_parameters() if p.grad is not None})
+
+    losses, norms = zip(*(made.step(masked, (lambda: None) if step else keep) for step in range(steps)), strict=True)
+    parameters = whole_parameters(made.model)
+    return {"losses": losses, "norms": norms, "gradients": gradients if parameters is not None else None, "parameters": parameters}
 
 
 class Watch(TorchDispatchMode):

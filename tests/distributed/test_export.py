@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_reference import FAMILIES, saved, settings_of
+from plain_reference import FAMILIES, TYPES, saved, settings_of
 from rank_cases import trainer
 from rank_pool import RankPool
 from safetensors import safe_open
@@ -96,7 +96,7 @@ def differing(model: Any, other: Any) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "llama", "qwen3", "odd_vocabulary_tied", "phi3", "gemma2", "olmo2", "cohere2"])
+@pytest.mark.parametrize("family", [*TYPES, "qwen2_tied", "odd_vocabulary_tied", "phi3_awkward"])
 @pytest.mark.usefixtures("here")
 def test_float32_is_bit_equal(runs: Callable[[str], Path], models: Path, tmp_path: Path, family: str) -> None:
     summary = exported(runs(family), tmp_path / "out", dtype="float32")

@@ -28,7 +28,7 @@ def run_train(settings: dict[str, Any], run_dir: str | None = None, resume_at: i
         state = saves.restore(found)
         start = Position(resume_at, Cursor(state["epoch"], state["offset"]), state["tokens"])
 
-    def save(position: Position, validation_loss: float | None) -> None:
+    def save(position: Position, validation_loss: float | None, last: bool) -> None:
         events.append(("save", (position, validation_loss)))
         if saves and resume_at is None:
             cursor = position.cursor

@@ -76,10 +76,15 @@ class Architecture:
         return self.num_hidden_layers * (attention + mlp) + tables * self.vocab_size * self.hidden_size
 
     def tp_degrees(self) -> list[int]:
-        """The tensor-parallel degrees that work: they divide heads and intermediate size, and divide or are a multiple of
-        the key/value heads (which are then replicated). The vocabulary may be split unevenly."""
+        """The tensor-parallel degrees that work: they divide heads and intermediate size, and divide or, where they can be
+        replicated, are a multiple of the key/value heads. The vocabulary may be split unevenly."""
         common, kv = math.gcd(self.num_attention_heads, self.intermediate_size), self.num_key_value_heads
-        return [n for n in range(1, common + 1) if common % n == 0 and (kv % n == 0 or n % kv == 0)]
+        return [n for n in range(1, common + 1) if common % n == 0 and (kv % n == 0 or (n % kv == 0 and self.replicates_key_value_heads))]
+
+    @property
+    def replicates_key_value_heads(self) -> bool:
+        """Not where one norm spans the keys of all heads."""
+        return self.model_type != "olmo2"
 
 
 def architecture_fields(model: Model) -> dict[str, Any]:

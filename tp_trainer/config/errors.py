@@ -19,6 +19,10 @@ class ConfigError(ValueError):
         return (ConfigError, (self.key, self.value, self.message))
 
 
+class Unrecoverable(RuntimeError):
+    """The run can't go on, and a restart would come to the same. One line; every rank raises it alike."""
+
+
 def shown(value: object) -> str:
     """A value as one would type it."""
     if isinstance(value, bool):

@@ -14,7 +14,7 @@ from tp_trainer.config.errors import ConfigError, nearest, shown
 from tp_trainer.config.schema import Config
 
 RUN_LENGTH = ("num_epochs", "max_steps_per_epoch", "max_steps")
-INTERVALS = ("log_interval", "eval_interval", "eval_batches", "drift_interval", "profile")
+INTERVALS = ("log_interval", "eval_interval", "eval_batches", "drift_interval", "profile", "max_skipped_steps")
 
 
 def choices(config: Config) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             "parallelism.tp", parallelism.tp,
             f"must divide the model's {numbers.num_attention_heads} heads and intermediate size {numbers.intermediate_size}, and divide "
-            f"or be a multiple of its {numbers.num_key_value_heads} key/value heads; "
+            f"{'or be a multiple of ' if numbers.replicates_key_value_heads else ''}its {numbers.num_key_value_heads} key/value heads; "
             f"degrees that do: {', '.join(map(str, degrees))}",
         )  # fmt: skip
     if parallelism.dp % parallelism.dp_replicate:

@@ -117,6 +117,13 @@ class Train:
     max_steps_per_epoch: int | None = setting(None, "steps after which an epoch ends; null = all", least=1)
     max_steps: int | None = setting(None, "length of the run in steps; overrides num_epochs", least=1)
     clip_grad_norm: float | None = setting(1.0, "clip the global gradient norm; null = don't", above=0)
+    max_skipped_steps: int | None = setting(
+        10, "so many steps in a row without a finite loss and gradient norm (each is skipped) end the run; null = never", least=1
+    )
+    spike_zscore: float | None = setting(
+        None, "skip steps whose loss or gradient norm lies so many standard deviations above the last ones'; null = don't", above=0
+    )
+    spike_window: int = setting(100, "how many of the last steps spike_zscore looks at", least=2)
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", least=1)
     eval_interval: int | None = setting(100, "steps between evaluations; null = at the end only", least=1)
     eval_batches: int | None = setting(None, "global batches of validation rows per evaluation; null = all", least=1)
@@ -168,7 +175,7 @@ class Export:
 class Verify:
     steps: int = setting(5, "task=verify: optimizer steps that are compared", least=1)
     layers: int | None = setting(2, "decoder layers of the compared model; null = all", least=1)
-    lr: float = setting(1e-4, "learning rate of the compared steps", least=0)
+    lr: float = setting(1e-5, "learning rate of the compared steps", least=0)
     tolerance: float | None = setting(
         None, "relative difference of the loss that passes; null = 1e-6 in float32, 2e-3 in lower precision", above=0
     )

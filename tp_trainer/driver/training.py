@@ -56,7 +56,7 @@ def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store
         "status": "failed" if error or drifted else "finished", "steps": followed.step, "tokens": followed.row.get("tokens", 0),
         "loss": followed.row.get("loss"), "validation_loss": followed.validation_loss, "unigram_loss": None,
         "wall_seconds": time.time() - began, "startup_seconds": (followed.begun or time.time()) - began, "tokens_per_second": None,
-        "restarts": max(0, followed.starts - 1), "resumed_from": None, "skipped_checkpoints": [], "checkpoint": None,
+        "restarts": max(0, followed.starts - 1), "resumed_from": None, "skipped_checkpoints": [], "checkpoint": None, "skipped_steps": 0,
         "world": config.parallelism.world_size, "mesh": {"dp": config.parallelism.dp, "tp": config.parallelism.tp},
     }  # fmt: skip
     if config.parallelism.dp_replicate > 1:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tp_trainer.checkpoint.store import Store
-from tp_trainer.config import Config, ConfigError, plain
+from tp_trainer.config import Config, ConfigError, Unrecoverable, plain
 from tp_trainer.driver.ray_cluster import environment_of, sigterm_exits
 
 POLL_SECONDS = 0.2
@@ -37,14 +37,13 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     sends no trace along: it goes as a note.
     """
     os.environ.update(settings["environment"])  # before torch is imported
-    from tp_trainer.parallel.drift import Drifted
 
     module, _, name = settings["recipe"].partition(":")
     try:
         return getattr(importlib.import_module(module), name)(settings)
     except ConfigError as error:
         return {"refused": (error.key, error.value, error.message)}
-    except Drifted as error:
+    except Unrecoverable as error:
         return {"drifted": str(error)}
     except Exception as error:
         error.add_note(traceback.format_exc())

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from tp_trainer.config import Unrecoverable
 from tp_trainer.parallel.gradients import is_split_over_tp
 from tp_trainer.parallel.mesh import Mesh
 
 
-class Drifted(RuntimeError):
-    """Replicas have come apart. One line; every rank raises the same."""
+class Drifted(Unrecoverable):
+    """Replicas have come apart."""
 
 
 def check_replicas(named_parameters: Iterable[tuple[str, torch.Tensor]], mesh: Mesh, step: int) -> None:

@@ -37,12 +37,13 @@ def sum_over_tp(parameters: Sequence[nn.Parameter], mesh: Mesh) -> None:
         grad.copy_(summed.view_as(grad))
 
 
-def global_norm(parameters: Sequence[nn.Parameter], mesh: Mesh) -> torch.Tensor:
-    """The 2-norm of the whole gradient, float32 scalar, the same on all ranks.
+def global_norm(parameters: Sequence[nn.Parameter], mesh: Mesh, loss: torch.Tensor) -> torch.Tensor:
+    """The 2-norm of the whole gradient, float32 scalar, the same on all ranks; nan where any rank's loss is no number.
 
     Shards of split parameters add up over dp and tp; those of replicated ones over dp alone.
     """
     squares = torch.stack([_square(parameters, True, mesh.device), _square(parameters, False, mesh.device)])
+    squares[0] += loss * 0
     if mesh.full["dp"].size() > 1:
         dist.all_reduce(squares, group=mesh.full["dp"].get_group())
     if mesh.tp_size > 1:

@@ -49,7 +49,7 @@ def compared_steps(config: Config, mesh: Mesh, model: ParallelModel, data: DataS
         def compare_gradients(found: dict[str, float] = gradients) -> None:
             found.update(_differences(model, reference, gradient=True))
 
-        loss, norm = train_step(model, optimizer, batches, mesh, config.train.clip_grad_norm, compare_gradients)
+        loss, norm = train_step(model, optimizer, batches, mesh, config.train.clip_grad_norm, before_clipping=compare_gradients)
         expected_norm = reference.update() if reference else 0.0
         parameters = _differences(model, reference, gradient=False)
         apart = drifted(model.module.named_parameters(), mesh)
