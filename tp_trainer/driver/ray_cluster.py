@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import tp_trainer
@@ -42,7 +42,7 @@ def started(config: Config, store: Store, before: Callable[[], None] = lambda: N
     """
     owner = Owner(store, uuid.uuid4().hex[:12])
     workers = max(config.parallelism.world_size, int(os.environ.get(SWEEP_WORKERS, 0)))  # one Ray for all jobs of a sweep
-    with sigterm_exits(), ExitStack() as stack:
+    with Signals().heard(), ExitStack() as stack:
         owner.claim("experiment_name", str(config.experiment_name))
         stack.callback(owner.release)
         if owner.taken_over:
@@ -72,6 +72,8 @@ def connected(cluster: Cluster, needed: float) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about what we don't rely on
+    if cluster.kind == "local" and not inside_ray_job():
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains this machine: a process less per start
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -95,7 +97,8 @@ def connected(cluster: Cluster, needed: float) -> Iterator[None]:
                     reason = "wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless it lies in ~/.ray/auth_token"
                 raise ConfigError("cluster.address", cluster.address or "auto", reason) from error
     try:
-        yield
+        with Signals().heard():
+            yield
     except (KeyboardInterrupt, SystemExit):
         ray.shutdown()  # takes the workers with it
         raise
@@ -155,7 +158,7 @@ def run_jobs(cluster: Cluster, function: Callable[[Any], Any], jobs: Sequence[An
         ConfigError: what a job raised.
         RunFailed: a job failed in another way.
     """
-    with sigterm_exits(), connected(cluster, 1):
+    with Signals().heard(), connected(cluster, 1):
         import ray
 
         # more than the largest node has would be waited for without end
@@ -191,25 +194,41 @@ def environment_of(cluster: Cluster) -> dict[str, str]:
     return {key: os.environ[key] for key in ("HF_TOKEN", "HF_HUB_OFFLINE") if key in os.environ} | cluster.env
 
 
-@contextmanager
-def sigterm_exits() -> Iterator[None]:
-    """SIGTERM raises SystemExit(143) in the main thread (signals can be caught nowhere else).
+class Signals:
+    """SIGTERM and Ctrl-C at this process, in its main thread (they can be caught nowhere else).
 
-    While Ray starts it has a handler of its own, which exits with 15 or 1.
+    A signal ends the program at once, by SystemExit(143) or KeyboardInterrupt, unless `patient()` holds: then the first
+    one is only noted, for whoever looks at `asked`.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def leave(signum: int, frame: object) -> None:
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.patient: Callable[[], bool] = lambda: False
+
+    def __call__(self, signum: int, frame: object) -> None:
+        if self.asked is None and self.patient():
+            self.asked = signum
+        else:
+            self.end(signum)
+
+    def end(self, signum: int) -> NoReturn:
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(128 + signum)
 
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    except SystemExit as end:
-        if end.code == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM) from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """While Ray starts it has a handler of its own, which exits with 15 or 1: this is wanted again after that."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        except SystemExit as end:
+            if end.code == signal.SIGTERM:
+                raise SystemExit(128 + signal.SIGTERM) from None
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from tp_trainer.checkpoint.owner import Owner
 from tp_trainer.checkpoint.store import Store
-from tp_trainer.config import RUN_LENGTH, Config, to_yaml
-from tp_trainer.driver.errors import RunFailed, failure
+from tp_trainer.config import RUN_LENGTH, Config, ConfigError, to_yaml
+from tp_trainer.driver.errors import RunFailed, failure, reason
+from tp_trainer.driver.followed import Followed
 from tp_trainer.driver.preflight import finished, prepare, set_aside
-from tp_trainer.driver.ray_cluster import started
-from tp_trainer.driver.workers import fit
+from tp_trainer.driver.ray_cluster import Signals, check_capacity, started
+from tp_trainer.driver.workers import Group, fit
 from tp_trainer.view import View, summary_lines
+from tp_trainer.watch import stacks_file
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -40,63 +43,119 @@ def train(config: Config) -> dict[str, Any]:
     with started(config, store, before, lambda text: view.update({"event": text})) as owner:
         store.write_text("config.yaml", to_yaml(config))
         try:
-            summary = _fit(config, tokenizer, owner.launch, began, store, view)
+            summary = _fit(config, tokenizer, owner, began, store, view)
         finally:
             view.close()
     print(summary_lines(summary), flush=True)
     return summary
 
 
-def _fit(config: Config, tokenizer: str, launch: str, began: float, store: Store, view: View) -> dict[str, Any]:
-    """Train on the workers, show what they say, wait for their end, write summary.json."""
-    followed, cluster = _Followed(config, view), config.cluster
-    error, result = fit(config, "tp_trainer.worker:run", {"launch": launch, "tokenizer": tokenizer}, store, followed.take)
-    drifted = (result or {}).get("drifted")
+def _fit(config: Config, tokenizer: str, owner: Owner, began: float, store: Store, view: View) -> dict[str, Any]:
+    """Train on the workers, restart them where they fail, show what they say, write summary.json."""
+    followed, signals, cluster = Followed(config, view), Signals(), config.cluster
+    with signals.heard():
+        result, failed = _through_failures(config, {"launch": owner.launch, "tokenizer": tokenizer}, owner, store, followed, signals)
+    result = result or {}
+    failed = failed or result.pop("unrecoverable", None)
+    status = "failed" if failed else "stopped" if signals.asked and result.get("ended") != "finished" else "finished"
+    result.pop("ended", None)
     summary: dict[str, Any] = {
-        "status": "failed" if error or drifted else "finished", "steps": followed.step, "tokens": followed.row.get("tokens", 0),
+        "status": status, "steps": followed.step, "tokens": followed.row.get("tokens", 0),
         "loss": followed.row.get("loss"), "validation_loss": followed.validation_loss, "unigram_loss": None,
         "wall_seconds": time.time() - began, "startup_seconds": (followed.begun or time.time()) - began, "tokens_per_second": None,
-        "restarts": max(0, followed.starts - 1), "resumed_from": None, "skipped_checkpoints": [], "checkpoint": None, "skipped_steps": 0,
+        "restarts": 0, "resumed_from": None, "skipped_checkpoints": [], "checkpoint": None, "skipped_steps": 0,
         "world": config.parallelism.world_size, "mesh": {"dp": config.parallelism.dp, "tp": config.parallelism.tp},
     }  # fmt: skip
     if config.parallelism.dp_replicate > 1:
         summary["mesh"]["dp_replicate"] = config.parallelism.dp_replicate
-    if result is not None and not drifted:
-        summary |= result
+    summary |= result
+    summary |= followed.costs(began)
     summary |= {
         "run_dir": config.run_dir, "device": cluster.device, "random_data": config.data.source == "random", "tracker": config.tracker.kind,
         "run_length": {name: getattr(config.train, name) for name in RUN_LENGTH},
     }  # fmt: skip
-    store.write_json("summary.json", summary)
-    if error is not None:
-        raise RunFailed(failure(error, store))
-    if drifted:
-        raise RunFailed(drifted)
+    if not owner.lost.is_set():
+        store.write_json("summary.json", summary)
+    if failed:
+        raise RunFailed(failed)
+    if status == "stopped":
+        assert signals.asked is not None
+        view.close()
+        print(summary_lines(summary), flush=True)
+        signals.end(signals.asked)
     return summary
 
 
-class _Followed:
-    """What the driver has seen of the run."""
+def _through_failures(
+    config: Config, settings: dict[str, Any], owner: Owner, store: Store, followed: Followed, signals: Signals
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The workers' run to its end, with as many restarts as it takes and may take.
 
-    def __init__(self, config: Config, view: View) -> None:
-        self.config, self.view = config, view
-        self.starts, self.step = 0, 0
-        self.row: dict[str, Any] = {}
-        self.validation_loss: float | None = None
-        self.begun: float | None = None
+    Returns rank 0's last answer and, where the run failed, one line about it.
+    """
+    stopping = Stopping(config, followed, signals)
+    while True:
+        error, result = fit(config, "tp_trainer.worker:run", settings, store, followed.take, lambda group: _tick(group, owner, stopping))
+        hung, training = followed.hung, followed.training
+        followed.ended()
+        if owner.lost.is_set():
+            return None, f"{config.run_dir} has been taken over by another process; this one has ended its workers"
+        if error is None and (result or {}).get("ended") != "left":
+            return result, None
+        if error is None:
+            followed.restarting()
+            followed.say(f"a worker was told to end: saved at step {followed.step}, the workers restart")
+        else:
+            line = failure(error, store)
+            if hung:
+                line = f"hung at step {followed.furthest}: no sign of life for {config.cluster.hang_seconds:g} s"
+                places = stacks_file(config.run_dir, settings["launch"], "*")
+                line += f", each rank's stack: {places or 'at the end of its log, in the logs of Ray'}"
+            followed.failed(reason(error) if not hung else line)
+            if signals.asked:
+                followed.say(f"failed while it was to stop: {line}")
+                return result, None
+            if followed.in_a_row > config.cluster.max_failures:
+                return result, _gave_up(followed, line, training)
+            followed.say(line if hung else f"failed after step {followed.step}: {reason(error)}")
+        try:
+            check_capacity(config)
+        except ConfigError as refused:
+            return result, f"the workers can't be restarted: {refused}; they had failed: {followed.failures[-1]}"
+        followed.restarts += 1
 
-    def take(self, item: dict[str, Any]) -> None:
-        if "begin" in item:
-            self.starts += 1
-            self.begun = self.begun or time.time()
-            self.view.start(item["begin"], self.config, self.config.parallelism.world_size, item["device"])
-            if self.starts > 1:
-                self.view.update({"event": f"workers restarted: going on from step {item['step']}"})
-            elif item["step"]:
-                self.view.update({"event": f"resumed from step {item['step']}"})
+
+def _gave_up(followed: Followed, line: str, trained: bool) -> str:
+    times = followed.in_a_row
+    if times == 1:
+        return line
+    return f"{f'step {followed.furthest + 1}' if trained else 'the start of the workers'} failed {times} times in a row: {line}"
+
+
+def _tick(group: Group, owner: Owner, stopping: Stopping) -> None:
+    """Now and then, while the workers run."""
+    stopping.watch(group)
+    stopping.followed.watch(group)
+    if owner.lost.is_set():
+        group.kill()
+
+
+class Stopping:
+    """A stop that was asked for, until it comes about or has taken too long."""
+
+    def __init__(self, config: Config, followed: Followed, signals: Signals) -> None:
+        self.seconds, self.followed, self.signals = config.cluster.stop_seconds, followed, signals
+        self.since: float | None = None
+        signals.patient = lambda: followed.training  # before that there is nothing to save
+
+    def watch(self, group: Group) -> None:
+        if self.signals.asked is None:
             return
-        self.step = item.get("step", self.step)
-        self.validation_loss = item.get("validation_loss", self.validation_loss)
-        if "loss" in item:
-            self.row = item
-        self.view.update(item)
+        if self.since is None:
+            self.since = time.monotonic()
+            group.stop()
+            self.followed.say("stopping: saving, again to end at once")
+        quiet = time.monotonic() - max(self.since, self.followed.sign)
+        if quiet > self.seconds and not self.followed.saving:
+            self.followed.say(f"no sign of life for {self.seconds:g} s (cluster.stop_seconds): ending unsaved")
+            self.signals.end(self.signals.asked)
