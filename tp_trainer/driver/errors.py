@@ -22,7 +22,10 @@ def reason(error: Exception) -> str:
     order = sorted(failures, key=lambda rank: (bool(LOST.search(str(failures[rank]))), rank))
     rank, first = (order[0], failures[order[0]]) if order else (None, error)
     cause = getattr(first, "health_check_failure", None) or first  # of a worker that is gone, Ray Train wraps Ray's own words
-    line = textwrap.shorten(f"{type(cause).__name__}: {cause}", 400)
+    text = str(cause)
+    if "ray::" in text:  # the trace of a task, of which the last line says what it was
+        text = text.strip().splitlines()[-1]
+    line = textwrap.shorten(f"{type(cause).__name__}: {text}", 400)
     return f"{f'rank {rank}: ' if rank is not None else ''}{line}"
 
 

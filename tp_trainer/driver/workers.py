@@ -156,8 +156,9 @@ def fit(
         ),
         run_config=RunConfig(
             name=config.experiment_name, storage_path=config.checkpoint.storage_path,
-            # whether to go on after a failure is for the driver to say: Ray doesn't know what progress is
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            # whether to go on after a failure is for the driver to say: Ray doesn't know what progress is. What may go wrong
+            # before the workers run (a port that is taken meanwhile, nodes that come late) it tries again by itself
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )  # fmt: skip
