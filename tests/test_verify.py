@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from tp_trainer import cli, driver
+from tp_trainer import cli
+from tp_trainer.checkpoint.owner import Owner
 from tp_trainer.checkpoint.store import Store
 from tp_trainer.config import load
-from tp_trainer.driver import RunFailed
+from tp_trainer.driver import RunFailed, training, workers
 from tp_trainer.parallel.drift import Drifted
 from tp_trainer.tasks import reference
 from tp_trainer.tasks.verify import FULL, REDUCED, judge, shrunk, tolerances_for
@@ -122,12 +123,12 @@ def drifting(settings: dict[str, Any]) -> None:
 
 
 def test_a_drift_ends_the_run_and_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    returned = driver._worker({"environment": {}, "recipe": f"{__name__}:drifting"})
-    assert returned == {"drifted": "step 7: model.norm.weight has drifted apart"}
-    monkeypatch.setattr(driver, "fit", lambda *_: (None, returned))
+    returned = workers._worker({"environment": {}, "recipe": f"{__name__}:drifting"})
+    assert returned == {"unrecoverable": "step 7: model.norm.weight has drifted apart"}
+    monkeypatch.setattr(training, "fit", lambda *_: (None, returned))
     config = load({"model": {"architecture": TINY}, "data": {"seq_length": 64}, "checkpoint": {"storage_path": str(tmp_path)}})
     store = Store(config.run_dir)
     with pytest.raises(RunFailed, match=r"^step 7: model\.norm\.weight has drifted apart$"):
-        driver._fit(config, "none", "launch", 0.0, store, View())
+        training._fit(config, "none", Owner(store, "launch"), 0.0, store, View())
     summary = store.read_json("summary.json")
-    assert summary is not None and summary["status"] == "failed" and "drifted" not in summary
+    assert summary is not None and summary["status"] == "failed" and "unrecoverable" not in summary

@@ -73,6 +73,7 @@ def test_summary_names_the_numbers_and_where_everything_lies() -> None:
     summary = {
         "status": "done", "steps": 546, "tokens": 1118208, "loss": 4.81234, "validation_loss": 5.2, "unigram_loss": 6.54,
         "wall_seconds": 185.0, "startup_seconds": 18.4, "tokens_per_second": 6789.0, "restarts": 1, "resumed_from": 200,
+        "steps_lost": 7, "detection_seconds": [2.0], "restart_seconds": [14.4], "goodput": 0.834,
         "skipped_checkpoints": ["step_300"],
         "checkpoint": "/runs/tiny/step_546", "world": 4, "mesh": {"dp": 2, "tp": 2}, "run_dir": "/runs/tiny", "tracker": "tensorboard",
     }  # fmt: skip
@@ -80,6 +81,7 @@ def test_summary_names_the_numbers_and_where_everything_lies() -> None:
     for part in [
         "done", "546", "1,118,208", "4.8123", "5.2000", "6.5400 on the same text: the model is 1.3400 below it",
         "3:05 min, 18 s of it start-up",
+        "1: 7 steps lost, noticed within 2.0 s, training again 14 s later (sums); goodput 83%",
         "6,789", "4 (dp=2, tp=2)", "step 200", "step_300", "/runs/tiny/step_546", "/runs/tiny/metrics.jsonl", "/runs/tiny/config.yaml",
         "tensorboard --logdir /runs/tiny/tensorboard",
     ]:  # fmt: skip

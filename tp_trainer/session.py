@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,7 +19,9 @@ from tp_trainer.checkpoint.state import Checkpoints
 from tp_trainer.checkpoint.store import Store, launch_file
 from tp_trainer.config import Config, ConfigError
 from tp_trainer.loop import Hooks, Position
+from tp_trainer.parallel.agreement import LEAVE, STOP
 from tp_trainer.tracker import Tracker, build_tracker
+from tp_trainer.watch import START, Alarm, stacks_file, told_to_leave
 
 T = TypeVar("T")
 LAST_SAVE_SECONDS = 60  # that a failed rank waits for the checkpoint it is writing
@@ -67,14 +70,49 @@ class Node:
                               f"node {socket.gethostname()} has {self.local_world} workers: a TP group must lie within one node")
 
 
+class Watch:
+    """The signs of life of this rank: to its own alarm and, from rank 0, to the driver."""
+
+    def __init__(self, config: Config, node: Node, launch: str, progress: ActorHandle) -> None:
+        self.rank, self.seconds, self.progress = node.rank, config.cluster.hang_seconds, progress
+        self.alarm = Alarm(self.seconds, stacks_file(config.run_dir, launch, node.rank))
+        self.trained = self.evaluated = False  # whether the first step and the first pass of an evaluation are done
+        self.told = 0.0
+        context = ray.get_runtime_context()
+        progress.push.remote({"worker": node.rank, "node": context.get_node_id(), "pid": os.getpid()})
+        self.alive()
+
+    def alive(self, times: float = 1) -> None:
+        """Something has gone on; `times` the set time is allowed until the next sign."""
+        times = times if self.trained else START
+        self.alarm.alive(times)
+        if self.rank == 0 and (times != 1 or time.monotonic() - self.told > 1):
+            self.told = time.monotonic()
+            self.progress.push.remote({"alive": None if self.seconds is None else times * self.seconds})
+
+    def forward(self, module: torch.nn.Module, *_: object) -> None:
+        """A hook before each forward pass of the model."""
+        self.alive(1 if module.training or self.evaluated else START)
+        self.evaluated = self.evaluated or not module.training
+
+    def stepped(self) -> None:
+        self.trained = True
+        self.alive()
+
+    def off(self) -> None:
+        self.alarm.off()
+
+
 class Reporter:
     """The loop's hooks: rows to the tracker and the driver, checkpoints to storage and Ray, the profiler's trace."""
 
     def __init__(
-        self, config: Config, node: Node, checkpoints: Checkpoints, global_batch_size: int, launch: str, progress: ActorHandle
+        self, config: Config, node: Node, checkpoints: Checkpoints, global_batch_size: int, launch: str, progress: ActorHandle, watch: Watch
     ) -> None:
         self.config, self.node, self.checkpoints = config, node, checkpoints
-        self.global_batch_size, self.launch, self.progress = global_batch_size, launch, progress
+        self.global_batch_size, self.launch, self.progress, self.watch = global_batch_size, launch, progress, watch
+        self.stop: Any = None  # rank 0: an answer of the driver's actor that comes when the run is to stop
+        self.marked = 0.0  # when the step that runs began
         self.tracker: Tracker | None = None
         self.profiler: torch.profiler.profile | None = None
         self.last_checkpoint: str | None = None
@@ -97,22 +135,44 @@ class Reporter:
 
     @property
     def hooks(self) -> Hooks:
-        return Hooks(log=self.log, stepped=self.stepped, save=self.save)
+        return Hooks(log=self.log, stepped=self.stepped, save=self._save, wishes=self.wishes)
 
     def begin(self, step: int, total_steps: int) -> None:
         """Tell the driver that training begins."""
         self._push({"begin": total_steps, "step": step, "device": self.node.device.type})
+        if self.node.rank == 0:
+            self.stop = self.progress.stopping.remote()
+        self.marked = time.perf_counter()
 
     def log(self, row: dict[str, Any]) -> None:
         if self.tracker is not None:
             self.tracker.log(row, row["step"])
         self._push(row)
+        if "validation_loss" in row:  # what came before it was no step
+            self.marked = time.perf_counter()
 
     def stepped(self, step: int) -> None:
-        self._push({"step": step})
+        self.watch.stepped()
+        now = time.perf_counter()
+        self._push({"step": step, "seconds": now - self.marked})
+        self.marked = now
         self._tell_saves()
         if self.profiler is not None:
             self.profiler.step()
+
+    def wishes(self) -> int:
+        """What this rank has been asked for: SIGTERM means to leave, and rank 0 hears when the driver is to stop."""
+        stop = self.stop is not None and bool(ray.wait([self.stop], timeout=0)[0])
+        return (STOP if stop else 0) | (LEAVE if told_to_leave() else 0)
+
+    def _save(self, *arguments: Any, **more: Any) -> None:
+        """A save as the loop asks for it: before and after it, a sign of life."""
+        self.watch.alive()
+        self._push({"saving": True})
+        self.save(*arguments, **more)
+        self._push({"saving": False})
+        self.watch.alive()
+        self.marked = time.perf_counter()
 
     def save(self, position: Position, validation_loss: float | None, last: bool) -> None:
         """A checkpoint of all ranks, written in the background; the last one is waited for and made known to Ray Train.

@@ -40,6 +40,7 @@ class View:
         """Say what begins and put up the bar. Called again after a restart, it only takes the new total."""
         again, self.total = self.total > 0, total_steps
         if again:
+            self.marks.clear()  # the pace begins anew
             return
         layout = f"dp={config.parallelism.dp} x tp={config.parallelism.tp}"
         self._line(f"{config.experiment_name}: {total_steps:,} steps on {world} {device} workers ({layout})")
@@ -156,7 +157,12 @@ def summary_lines(summary: Mapping[str, Any]) -> str:
         mesh = get("mesh")
         named = ", ".join(f"{key}={value}" for key, value in mesh.items()) if isinstance(mesh, Mapping) else mesh
         rows.append(("workers", f"{get('world')}" + (f" ({named})" if named else "")))
-    add("restarts", get("restarts"))
+    if get("restarts"):
+        found, again = sum(get("detection_seconds") or []), sum(get("restart_seconds") or [])
+        rows.append(("restarts", f"{get('restarts')}: {get('steps_lost', 0)} steps lost, noticed within {_duration(found)}, "
+                                 f"training again {_duration(again)} later (sums); goodput {get('goodput') or 0:.0%}"))  # fmt: skip
+    else:
+        add("restarts", get("restarts"))
     add("resumed from", get("resumed_from"), "step {}")
     if get("skipped_checkpoints"):
         rows.append(("skipped", _listed(get("skipped_checkpoints"))))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tp_trainer.checkpoint.owner import owned_by
 from tp_trainer.checkpoint.state import Checkpoints
 from tp_trainer.checkpoint.store import Found
 from tp_trainer.config import Config, ConfigError, check_schedule_length, load
@@ -15,7 +16,7 @@ from tp_trainer.loop import Position, train
 from tp_trainer.models.build import build_model
 from tp_trainer.optim import build_optimizer
 from tp_trainer.parallel.mesh import build_mesh
-from tp_trainer.session import Node, Reporter
+from tp_trainer.session import Node, Reporter, Watch
 
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
@@ -38,19 +39,23 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     model = node.agree(lambda: build_model(config, mesh, node.first))
     data = node.agree(lambda: open_data(
         config, tokenizer=settings["tokenizer"], dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, first_on_node=node.first))  # fmt: skip
+    watch = Watch(config, node, launch, settings["progress"])  # not before: model and data may have to be downloaded and tokenised
+    model.module.register_forward_pre_hook(watch.forward)
     total_steps = data.total_steps(config.train)
     optimizer = build_optimizer(config.optim, model.module.named_parameters())
     keep = config.checkpoint
     checkpoints = Checkpoints(config.run_dir, keep.keep_last, model.module, optimizer, node.device,
-                              keep_every=keep.keep_every, keep_best=keep.keep_best, asynchronous=keep.asynchronous)  # fmt: skip
+                              keep_every=keep.keep_every, keep_best=keep.keep_best, asynchronous=keep.asynchronous,
+                              permitted=lambda: owned_by(checkpoints.store, launch))  # fmt: skip
     # of dropout: another on every rank, but for a residual stream that a TP group holds in common; a restore brings back its own
     torch.manual_seed(config.seed + 1 + (node.rank if config.parallelism.sequence_parallel else mesh.dp_rank))
     start, found, skipped = node.agree(lambda: restore(config, launch, checkpoints, total_steps))
-    with Reporter(config, node, checkpoints, data.order.global_batch_size, launch, settings["progress"]) as reporter:
+    with Reporter(config, node, checkpoints, data.order.global_batch_size, launch, settings["progress"], watch) as reporter:
         reporter.begin(start.step, total_steps)
         outcome = train(config, model, optimizer, data, mesh, start, reporter.hooks)
+    watch.off()
     return {
-        "steps": outcome.position.step, "tokens": outcome.position.tokens, "loss": outcome.loss,
+        "ended": outcome.ended, "steps": outcome.position.step, "tokens": outcome.position.tokens, "loss": outcome.loss,
         "validation_loss": outcome.validation_loss, "unigram_loss": data.unigram_loss,
         "skipped_steps": outcome.skipped_steps,
         "tokens_per_second": outcome.tokens_trained / outcome.training_seconds if outcome.tokens_trained else None,

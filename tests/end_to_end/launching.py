@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 200  # seconds for one run of the program
+LIMIT = 300  # seconds for one run of the program
 QUICK = (
     "model.overrides.num_hidden_layers=1", "data.seq_length=32", "train.eval_batches=1", "train.log_interval=1", "checkpoint.interval=4",
 )  # fmt: skip

@@ -72,10 +72,12 @@ class Checkpoints:
         keep_every: int | None = None,
         keep_best: int = 0,
         asynchronous: bool = True,
+        permitted: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`permitted`: whether this run may still publish; asked on rank 0 before each checkpoint counts."""
         self.store = Store(run_dir)
         self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
-        self.model, self.optimizer, self.device = model, optimizer, device
+        self.model, self.optimizer, self.device, self.permitted = model, optimizer, device, permitted
         self.pauses: list[float] = []  # seconds, of every save
         self._damaged: set[str] = set()  # names of checkpoints that a restore found damaged
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=AGREE_SECONDS))  # one thread at a time uses it
@@ -183,9 +185,14 @@ class Checkpoints:
             with source.reading():
                 return write_files(plan.files, source.take, lambda file: self.store.write(draft, file), _check_finite)
 
+        def commit() -> str:
+            if not self.permitted():
+                raise RuntimeError("the run's directory belongs to another process now")
+            return self.store.commit(draft, saved.step, state, plan.metadata, files, replace=replace)
+
         try:
             files = {file: entry for part in self._agree(write) for file, entry in part.items()}
-            path = self._on_first(lambda: self.store.commit(draft, saved.step, state, plan.metadata, files, replace=replace))
+            path = self._on_first(commit)
         except RuntimeError:
             if dist.get_rank() == 0:
                 self.store.discard(draft)  # every rank is done with it

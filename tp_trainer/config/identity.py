@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tp_trainer.config.errors import ConfigError, shown
+from tp_trainer.config.errors import ConfigError, nearest, shown
 from tp_trainer.config.schema import Config
 
 RUN_LENGTH = ("num_epochs", "max_steps_per_epoch", "max_steps")
@@ -35,19 +35,59 @@ def derived_name(config: Config) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}-{data}-{config.parallelism.layout}-{digest}").lower()
 
 
-def check_same_run(config: Config, stored: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a resume would change what a run is. Layout, micro-batch and run length may change.
+MAY_CHANGE = ("train.micro_batch_size", "train.global_batch_size")  # the batch has a check of its own
+
+
+def check_same_run(config: Config, stored: Mapping[str, Any], place: str) -> None:
+    """Raises ConfigError where a resume would change what a run is, with every field that differs.
+
+    Layout, micro-batch, run length and intervals may change, and what `checkpoint.allow_mismatch` names.
 
     Args:
-        stored: the run's config.yaml, as plain dictionaries.
+        stored: the config.yaml that the checkpoint was made with, as plain dictionaries.
+        place: the directory that it lies in.
     """
-    mine = choices(config)
-    for group in ("seed", "model", "data", "optim", "train"):
-        for key, value in _flat(mine[group], group).items():
-            before = _flat(stored.get(group), group).get(key, value)
-            if before != value and key not in ("train.micro_batch_size", "train.global_batch_size"):
-                hint = "give another experiment_name (null derives one), or checkpoint.resume=never to start it anew"
-                raise ConfigError(key, value, f"the run in {config.run_dir} was started with {shown(before)}; {hint}")
+    mine, theirs = _compared(choices(config)), _compared(stored)
+    # a key that one of them lacks came or went with a release; of an architecture, every field counts
+    keys = [key for key in mine if key in theirs or key.startswith(ARCHITECTURE)]
+    keys += [key for key in theirs if key not in mine and key.startswith(ARCHITECTURE)]
+    differing = [key for key in keys if mine.get(key) != theirs.get(key) and not _allowed(key, config.checkpoint.allow_mismatch)]
+    if not differing:
+        return
+
+    def said(value: Any) -> str:
+        return "null" if value is None else shown(value)
+
+    first, *others = differing
+    more = "".join(f"; {key}={said(mine.get(key))}: with {said(theirs.get(key))}" for key in others)
+    auto = "give another experiment_name (null derives one), or checkpoint.resume=never to start it anew"
+    hint = auto if config.checkpoint.resume == "auto" else "leave as they were"
+    raise ConfigError(first, said(mine.get(first)), f"the run in {place} was started with {said(theirs.get(first))}{more}; "
+                      f"{hint}, or let it through: checkpoint.allow_mismatch={shown(differing)}")  # fmt: skip
+
+
+def check_mismatch_names(config: Config) -> None:
+    """Raises ConfigError for a name in `checkpoint.allow_mismatch` that no resume compares."""
+    compared = [key for key in _compared(choices(config)) if key not in MAY_CHANGE]
+    names = {key.rsplit(".", depth)[0] for key in compared for depth in range(3)}
+    for name in config.checkpoint.allow_mismatch:
+        if name not in names and not name.startswith(ARCHITECTURE):
+            near = nearest(name, sorted(names))
+            raise ConfigError("checkpoint.allow_mismatch", name, "no resume compares that" + (f"; did you mean {near}?" if near else
+                              "; a key of model, data, optim or train is wanted, or seed"))  # fmt: skip
+
+
+ARCHITECTURE = "model.architecture."
+
+
+def _allowed(key: str, names: Sequence[str]) -> bool:
+    """A name stands for itself and for all below it."""
+    return key in MAY_CHANGE or any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
+    groups = [group for group in ("seed", "model", "data", "optim", "train") if group in values]
+    return {key: leaf for group in groups for key, leaf in _flat(values[group], group).items()}
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Any]:

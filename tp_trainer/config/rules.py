@@ -10,6 +10,7 @@ from typing import Any
 
 from tp_trainer.config.architecture import architecture
 from tp_trainer.config.errors import ConfigError
+from tp_trainer.config.identity import check_mismatch_names
 from tp_trainer.config.schema import Config, Optim
 
 FAMILIES = (
@@ -59,6 +60,7 @@ def check(config: Config) -> None:
     if config.cluster.address is not None and config.cluster.kind != "ray":
         raise ConfigError("cluster.address", config.cluster.address,
                           f"only cluster=ray takes an address, not cluster={config.cluster.kind}")
+    check_mismatch_names(config)
     name = str(config.experiment_name)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
         raise ConfigError("experiment_name", name, "must be one directory name of letters, digits and . _ - = , +")

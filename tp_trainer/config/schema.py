@@ -143,6 +143,7 @@ class Checkpoint:
     keep_every: int | None = setting(None, "keep those whose step is divisible by this as well; null = none", least=1)
     keep_best: int = setting(0, "how many to keep as well of those with the lowest validation loss", least=0)
     resume: str = setting("auto", "auto, never, or the path of a checkpoint")
+    allow_mismatch: list[str] = setting([], "keys in which a resume may differ from the checkpoint's run, e.g. [optim.lr,data]")
     path: str | None = setting(None, "task=export: the checkpoint to export")
 
 
@@ -155,7 +156,11 @@ class Cluster:
     cpus_per_worker: float = setting(1, "CPUs that Ray reserves for each worker", above=0)
     accelerator_type: str | None = setting(None, "the GPU model that Ray must place workers on, e.g. H100")
     wait_seconds: float = setting(0, "how long to wait until a growing cluster has the workers' CPUs and GPUs", least=0)
-    max_failures: int = setting(3, "restarts after failed workers", least=0)
+    max_failures: int = setting(3, "restarts in a row after failures with no step further between them", least=0)
+    hang_seconds: float | None = setting(
+        900, "a rank without a sign of life for so long hangs (4 times that until the first step is done): restart; null = off", above=0
+    )
+    stop_seconds: float = setting(120, "how long SIGTERM or Ctrl-C waits for a sign of life before it ends the run unsaved", above=0)
     env: dict[str, str] = setting({}, "environment of the workers; never logged")
 
 

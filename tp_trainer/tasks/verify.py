@@ -52,8 +52,8 @@ def run(config: Config) -> dict[str, Any]:
         if change:
             print(f"  {change}")
     outer.remove("verify.json")  # of an earlier time
-    with started(config, store) as launch:
-        error, result = fit(config, "tp_trainer.tasks.verify:work", {"launch": launch, "tokenizer": tokenizer}, store, take)
+    with started(config, store) as owner:
+        error, result = fit(config, "tp_trainer.tasks.verify:work", {"launch": owner.launch, "tokenizer": tokenizer}, store, take)
     if error is not None:
         raise RunFailed(failure(error, store))
     assert result is not None

@@ -6,14 +6,19 @@ function imports the recipe: its environment is set by then, and nothing of the 
     {"tell": directory}                  write what this worker sees of its environment there
     {"forget": run's directory}          take away the file by which workers know the driver's storage
     {"slow": seconds, "from": step}      every step of this start of the program lasts that much longer, from that one on
-    {"crash": step, "rank": rank}        raise in that step
+    {"crash": step, "rank": rank}        raise in that step, counted from this start of the workers
+    {"at": {"7": "raise"}, "rank": rank, "marks": directory}
+                                         in that step of the run a fault, once if there is a directory for marks, else each time:
+                                         raise; hang, in a sleep; kill, by SIGKILL; killsave, while its checkpoint is written
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +39,7 @@ def follow(orders: dict[str, Any]) -> None:
     import ray.train
 
     import tp_trainer
-    from tp_trainer import loop
+    from tp_trainer import loop, session
 
     rank = ray.train.get_context().get_world_rank()
     if "tell" in orders:
@@ -43,7 +48,34 @@ def follow(orders: dict[str, Any]) -> None:
     if "forget" in orders:
         for path in Path(orders["forget"]).glob(".launch-*"):
             path.unlink(missing_ok=True)
-    original, steps = loop.train_step, 0
+    original, steps, done = loop.train_step, 0, 0
+    begin, stepped, save = session.Reporter.begin, session.Reporter.stepped, session.Reporter.save
+
+    def ordered(kind: str, step: int) -> bool:
+        """Whether this goes wrong in that step of the run, on this rank, now."""
+        if orders.get("at", {}).get(str(step)) != kind or orders.get("rank", rank) != rank:
+            return False
+        if "marks" in orders:
+            mark = Path(orders["marks"], f"{step}-{kind}")
+            if mark.exists():
+                return False
+            mark.touch()
+        return True
+
+    def beginning(self: Any, step: int, total_steps: int) -> None:
+        nonlocal done
+        done = step
+        begin(self, step, total_steps)
+
+    def counting(self: Any, step: int) -> None:
+        nonlocal done
+        done = step
+        stepped(self, step)
+
+    def saving(self: Any, *arguments: Any, **more: Any) -> None:
+        if ordered("killsave", done):
+            threading.Timer(orders.get("after", 0.02), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        save(self, *arguments, **more)
 
     def train_step(*arguments: Any, **more: Any) -> Any:
         nonlocal steps
@@ -52,10 +84,18 @@ def follow(orders: dict[str, Any]) -> None:
             time.sleep(orders["slow"])
         if orders.get("crash") == steps and orders["rank"] == rank:
             raise ArithmeticError("as ordered:\nthe step went wrong")
+        if ordered("raise", done + 1):
+            raise ArithmeticError("as ordered:\nthe step went wrong")
+        if ordered("kill", done + 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if ordered("hang", done + 1):
+            time.sleep(3600)
         return original(*arguments, **more)
 
-    if "slow" in orders or "crash" in orders:
+    if {"slow", "crash", "at"} & set(orders):
         loop.train_step = train_step
+    if "at" in orders:
+        session.Reporter.begin, session.Reporter.stepped, session.Reporter.save = beginning, counting, saving  # type: ignore[method-assign]
 
 
 if "TP_TEST_HOOK" in os.environ:

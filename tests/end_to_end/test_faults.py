@@ -1,0 +1,153 @@
+"""What goes wrong with workers, nodes, disks and the driver: each run ends with the losses of one that nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import Launcher, Running, rows_of, steps_of, summary_of, the_run
+
+pytestmark = pytest.mark.slow
+
+STEPS = 14
+SMALL = ("parallelism=tp2_dp1", "tracker=none", f"train.max_steps={STEPS}", "experiment_name=run")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[dict[int, dict[str, Any]]]:
+    """The steps of an undisturbed run."""
+    made = Launcher(tmp_path_factory.mktemp("clean"), cache)
+    try:
+        ended = made.run(*SMALL)
+        assert ended.code == 0, ended
+        yield steps_of(the_run(made.storage))
+    finally:
+        made.close()
+
+
+def same(run: Path, clean: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The run has finished with the losses of the undisturbed one, bit by bit. Returns its summary."""
+    summary, seen = summary_of(run), steps_of(run)
+    assert (summary["status"], summary["steps"]) == ("finished", STEPS)
+    assert sorted(seen) == sorted(clean)
+    for step, row in clean.items():
+        for key in ("loss", "grad_norm", "lr", "tokens", "epoch"):
+            assert seen[step][key] == row[key], f"{key} of step {step}"
+    return summary
+
+
+def started(launcher: Launcher, step: int, *overrides: str, **orders: Any) -> tuple[Running, Path]:
+    """A run that has done `step`."""
+    running = launcher.start(*SMALL, *overrides, orders=orders or None)
+    run = launcher.storage / "run"
+    launcher.until(lambda: any(row["step"] >= step for row in rows_of(run)), running=running)
+    return running, run
+
+
+def test_a_worker_that_is_killed_in_a_step_and_in_a_save_and_an_exception(launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
+    """Three failures, with progress between them, and only one allowed in a row."""
+    marks = launcher.cwd / "marks"
+    marks.mkdir()
+    ended = launcher.run(*SMALL, "cluster.max_failures=1", orders={
+        "at": {"6": "kill", "8": "killsave", "11": "raise"}, "rank": 1, "marks": str(marks)})  # fmt: skip
+    assert ended.code == 0 and ended.err == "", ended
+    assert len(list(marks.iterdir())) == 3
+    run = launcher.storage / "run"
+    summary = same(run, clean)
+    assert summary["restarts"] == 3 and len(summary["failures"]) == 3, ended
+    assert "ArithmeticError" in summary["failures"][2] and "ArithmeticError" not in summary["failures"][0]
+    assert len(summary["detection_seconds"]) == len(summary["restart_seconds"]) == 3
+    assert all(seconds < 30 for seconds in summary["restart_seconds"]), summary
+    done = len([row for row in rows_of(run) if "loss" in row])
+    assert summary["steps_lost"] == done - STEPS and 0 < summary["goodput"] < 1
+    assert "workers restarted: going on from step 4" in ended.out and not launcher.processes()
+
+
+def test_a_step_that_always_crashes(launcher: Launcher) -> None:
+    ended = launcher.run(*SMALL, "cluster.max_failures=1", orders={"at": {"6": "raise"}, "rank": 0})
+    assert ended.code == 1 and ended.err.count("\n") == 1, ended
+    assert ended.err.startswith("error: step 6 failed 2 times in a row: rank 0: ArithmeticError: as ordered"), ended
+    summary = summary_of(launcher.storage / "run")
+    assert (summary["status"], summary["restarts"], len(summary["failures"])) == ("failed", 1, 2)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_driver_that_is_told_to_stop(number: signal.Signals, code: int, launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
+    """It saves within one step, and the same command goes on from there."""
+    running, run = started(launcher, 5, slow=1)
+    done = max(steps_of(run))
+    (os.killpg if number == signal.SIGINT else os.kill)(running.pid, number)  # a terminal sends it to Ray's servers too
+    ended = running.wait(60)
+    assert ended.code == code and ended.err == "", ended
+    assert "stopping: saving, again to end at once" in ended.out
+    launcher.until(lambda: not launcher.processes(), 10)
+    summary = summary_of(run)
+    assert summary["status"] == "stopped" and done <= summary["steps"] <= done + 2
+    assert summary["checkpoint"] == str(run / f"step_{summary['steps']:08d}") and (run / f"step_{summary['steps']:08d}").is_dir()
+    if number == signal.SIGTERM:
+        ended = launcher.run(*SMALL)
+        assert ended.code == 0 and f"resumed from step {summary['steps']}" in ended.out, ended
+        same(run, clean)
+
+
+def test_a_second_signal_ends_it_at_once(launcher: Launcher) -> None:
+    running, run = started(launcher, 2, slow=20)
+    os.kill(running.pid, signal.SIGTERM)
+    launcher.until(lambda: "stopping" in Path(f"/proc/{running.pid}/fd/1").read_text(), 10, running)
+    began = time.monotonic()
+    os.kill(running.pid, signal.SIGINT)
+    ended = running.wait(20)
+    assert ended.code == 130 and time.monotonic() - began < 15, ended
+    launcher.until(lambda: not launcher.processes(), 10)
+    assert not (run / "summary.json").exists()
+
+
+def test_a_stop_that_does_not_come_about(launcher: Launcher) -> None:
+    running, run = started(launcher, 1, "cluster.stop_seconds=4", at={"3": "hang"})
+    launcher.until(lambda: 2 in steps_of(run), running=running)
+    os.kill(running.pid, signal.SIGTERM)
+    ended = running.wait(60)
+    assert ended.code == 143 and "no sign of life for 4 s (cluster.stop_seconds): ending unsaved" in ended.out, ended
+    launcher.until(lambda: not launcher.processes(), 10)
+
+
+def test_a_worker_that_is_told_to_leave(launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
+    """As on a machine that is taken away: all ranks save, and nothing is done twice."""
+    running, run = started(launcher, 5, "cluster.max_failures=0", slow=1)
+    os.kill(launcher.workers()[1], signal.SIGTERM)
+    ended = running.wait()
+    assert ended.code == 0 and "a worker was told to end: saved at step" in ended.out, ended
+    summary = same(run, clean)
+    assert (summary["restarts"], summary["steps_lost"], summary["failures"]) == (1, 0, [])
+    assert len(rows_of(run)) == STEPS + 1
+
+
+def test_a_rank_that_hangs(launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
+    marks = launcher.cwd / "marks"
+    marks.mkdir()
+    ended = launcher.run(*SMALL, "cluster.hang_seconds=8", "cluster.max_failures=1", orders={
+        "at": {"6": "hang"}, "rank": 1, "marks": str(marks)})  # fmt: skip
+    assert ended.code == 0, ended
+    run = launcher.storage / "run"
+    summary = same(run, clean)
+    assert summary["restarts"] == 1 and summary["failures"][0].startswith("hung at step 5: no sign of life for 8 s"), summary
+    assert 8 < summary["detection_seconds"][0] < 30
+    stacks = {path.name.rpartition("-")[2]: path.read_text() for path in (run / "stacks").iterdir()}
+    assert sorted(stacks) == ["rank0.txt", "rank1.txt"] and "train_step" in stacks["rank0.txt"] and "sitecustomize" in stacks["rank1.txt"]
+
+
+def test_a_rank_that_is_stopped(launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
+    """SIGSTOP: it hears no alarm, and Ray can't end it."""
+    running, run = started(launcher, 5, "cluster.hang_seconds=8", "cluster.max_failures=1", slow=1)
+    stopped = launcher.workers()[1]
+    os.kill(stopped, signal.SIGSTOP)
+    ended = running.wait()
+    assert ended.code == 0, ended
+    summary = same(run, clean)
+    assert summary["restarts"] == 1 and "hung at step" in summary["failures"][0], summary
+    assert not launcher.processes()

@@ -1,0 +1,234 @@
+"""The way to a Ray that has room for the workers, and jobs on it that are no training."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import textwrap
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import tp_trainer
+from tp_trainer.checkpoint.owner import Owner
+from tp_trainer.checkpoint.store import Store, launch_file
+from tp_trainer.config import SWEEP_WORKERS, Cluster, Config, ConfigError
+from tp_trainer.driver.errors import RunFailed
+
+ANSWER_SECONDS = 5  # until a cluster's address counts as dead
+
+
+@contextmanager
+def started(config: Config, store: Store, before: Callable[[], None] = lambda: None, say: Callable[[str], None] = print) -> Iterator[Owner]:
+    """The run's directory as this process's own, and a Ray with room for the workers.
+
+    Gives the owner. Its `launch` is the name of this start, by which the workers know that they see the same storage.
+
+    Args:
+        before: called once the cluster can take the run, before anything is written.
+        say: takes a sentence for the user.
+
+    Raises:
+        ConfigError: another process trains there, or the cluster has no room.
+    """
+    owner = Owner(store, uuid.uuid4().hex[:12])
+    workers = max(config.parallelism.world_size, int(os.environ.get(SWEEP_WORKERS, 0)))  # one Ray for all jobs of a sweep
+    with Signals().heard(), ExitStack() as stack:
+        owner.claim("experiment_name", str(config.experiment_name))
+        stack.callback(owner.release)
+        if owner.taken_over:
+            say(owner.taken_over)
+        stack.enter_context(connected(config.cluster, workers * config.cluster.cpus_per_worker))
+        check_capacity(config)
+        before()
+        store.remove_all(launch_file("*"))  # what killed drivers left
+        store.write_text(launch_file(owner.launch), "")
+        stack.callback(store.remove, launch_file(owner.launch))
+        yield owner
+
+
+def inside_ray_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextmanager
+def connected(cluster: Cluster, needed: float) -> Iterator[None]:
+    """A Ray to run on: this machine's own (kept for the next job of a sweep), a running cluster, or this Ray job's.
+
+    Args:
+        needed: CPUs that this machine's own must have.
+    """
+    # Train's controller polls workers this often, and every report waits for a poll
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about what we don't rely on
+    if cluster.kind == "local" and not inside_ray_job():
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains this machine: a process less per start
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    if ray.is_initialized() and _owns_ray and ray.cluster_resources().get("CPU", 0) < needed:
+        ray.shutdown()  # a job after a smaller one, that no sweep foresaw
+    if not ray.is_initialized():
+        if cluster.kind == "local" and not inside_ray_job():
+            cores = max(os.cpu_count() or 1, math.ceil(needed))
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)
+            _owns_ray.append(True)
+        else:
+            _check_answers(cluster.address)
+            package = str(Path(tp_trainer.__file__).parent)
+            runtime = {} if inside_ray_job() else {"runtime_env": {"py_modules": [package]}}
+            try:
+                ray.init(address=cluster.address or "auto", **runtime, **options)
+            except ConnectionError as error:
+                reason = f"no Ray cluster answers there ({str(error).splitlines()[0]})"
+                if "AuthenticationError" in str(error.__cause__):
+                    reason = "wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless it lies in ~/.ray/auth_token"
+                raise ConfigError("cluster.address", cluster.address or "auto", reason) from error
+    try:
+        with Signals().heard():
+            yield
+    except (KeyboardInterrupt, SystemExit):
+        ray.shutdown()  # takes the workers with it
+        raise
+
+
+def _check_answers(address: str | None) -> None:
+    """Refuse an address where nothing listens: Ray itself would try for minutes."""
+    if address is None:
+        return
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        if parts.hostname is None or parts.port is None:  # auto, or a scheme with ways of its own
+            return
+        with socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_SECONDS):
+            pass
+    except (OSError, ValueError) as error:
+        raise ConfigError("cluster.address", address, f"no Ray cluster answers there ({error}); <host>:<port> is wanted") from error
+
+
+_owns_ray: list[bool] = []  # whether this process started the Ray that it uses
+
+
+def check_capacity(config: Config) -> None:
+    """Refuse what Ray would wait for without end: more workers than the cluster has CPUs or GPUs.
+
+    Nodes of a cluster that is still growing are waited for, `cluster.wait_seconds` at most.
+    """
+    import ray
+
+    cluster, world, layout = config.cluster, config.parallelism.world_size, config.parallelism.layout
+    deadline = time.monotonic() + cluster.wait_seconds
+    while True:
+        have = ray.cluster_resources()
+        gpus, cpus = int(have.get("GPU", 0)), have.get("CPU", 0)
+        enough_gpus = gpus >= world or cluster.device == "cpu" or (cluster.device == "auto" and gpus == 0)
+        if (enough_gpus and cpus >= world * cluster.cpus_per_worker) or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    if cluster.device == "gpu" and gpus == 0:
+        raise ConfigError("cluster.device", "gpu", "the cluster has no GPU; give cluster.device=cpu")
+    if not enough_gpus:
+        raise ConfigError("parallelism", layout, f"needs {world} GPUs, the cluster has {gpus}")
+    cluster.device = "gpu" if gpus and cluster.device != "cpu" else "cpu"
+    if cpus < world * cluster.cpus_per_worker:
+        raise ConfigError("parallelism", layout,
+                          f"needs {world} workers with {cluster.cpus_per_worker:g} CPUs each, the cluster has {cpus:g} CPUs")
+
+
+def run_jobs(cluster: Cluster, function: Callable[[Any], Any], jobs: Sequence[Any], memory: Sequence[int]) -> list[Any]:
+    """`function(job)` for every job, each in a Ray task of its own with one CPU. Returns their results in order.
+
+    Args:
+        function: of a module's top level.
+        memory: bytes that each job holds; Ray puts as many onto a node at a time as fit.
+
+    Raises:
+        ConfigError: what a job raised.
+        RunFailed: a job failed in another way.
+    """
+    with Signals().heard(), connected(cluster, 1):
+        import ray
+
+        # more than the largest node has would be waited for without end
+        most = max(int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"])
+        task = ray.remote(num_cpus=1)(_job)
+        environment = environment_of(cluster)
+        pending = [task.options(memory=min(size, most)).remote(environment, function, job)
+                   for job, size in zip(jobs, memory, strict=True)]  # fmt: skip
+        try:
+            answers = ray.get(pending)
+        except ray.exceptions.RayError as error:
+            # the others first, so that none goes on behind the caller's back; cancelling one that is just done crashes Ray 2.60
+            ray.wait(pending, num_returns=len(pending))
+            cause = getattr(error, "cause", None) or error
+            raise RunFailed(textwrap.shorten(f"{type(cause).__name__}: {cause}", 400)) from error
+        for refused, _ in answers:
+            if refused:
+                raise ConfigError(*refused)
+        return [result for _, result in answers]
+
+
+def _job(environment: dict[str, str], function: Callable[[Any], Any], job: Any) -> tuple[tuple[str, object, str] | None, Any]:
+    """What a Ray task runs: a refusal (it goes as a value, as from `_worker`) or None, and the result."""
+    os.environ.update(environment)
+    try:
+        return None, function(job)
+    except ConfigError as error:
+        return (error.key, error.value, error.message), None
+
+
+def environment_of(cluster: Cluster) -> dict[str, str]:
+    """What of the environment travels to the workers."""
+    return {key: os.environ[key] for key in ("HF_TOKEN", "HF_HUB_OFFLINE") if key in os.environ} | cluster.env
+
+
+class Signals:
+    """SIGTERM and Ctrl-C at this process, in its main thread (they can be caught nowhere else).
+
+    A signal ends the program at once, by SystemExit(143) or KeyboardInterrupt, unless `patient()` holds: then the first
+    one is only noted, for whoever looks at `asked`.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.patient: Callable[[], bool] = lambda: False
+
+    def __call__(self, signum: int, frame: object) -> None:
+        if self.asked is None and self.patient():
+            self.asked = signum
+        else:
+            self.end(signum)
+
+    def end(self, signum: int) -> NoReturn:
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + signum)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """While Ray starts it has a handler of its own, which exits with 15 or 1: this is wanted again after that."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        except SystemExit as end:
+            if end.code == signal.SIGTERM:
+                raise SystemExit(128 + signal.SIGTERM) from None
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
