@@ -19,11 +19,13 @@ from tp_trainer.checkpoint.state import Checkpoints
 from tp_trainer.checkpoint.store import Store, launch_file
 from tp_trainer.config import Config, ConfigError
 from tp_trainer.loop import Hooks, Position
-from tp_trainer.parallel.agreement import LEAVE, STOP
+from tp_trainer.metrics import optimal_interval
+from tp_trainer.parallel.agreement import LEAVE, SAVE, STOP
 from tp_trainer.tracker import Tracker, build_tracker
 from tp_trainer.watch import START, Alarm, stacks_file, told_to_leave
 
 T = TypeVar("T")
+FIRST_AUTO_SECONDS = 60.0  # at most, until checkpoint.interval=auto, which knows no pause yet, saves
 LAST_SAVE_SECONDS = 60  # that a failed rank waits for the checkpoint it is writing
 
 
@@ -113,6 +115,7 @@ class Reporter:
         self.global_batch_size, self.launch, self.progress, self.watch = global_batch_size, launch, progress, watch
         self.stop: Any = None  # rank 0: an answer of the driver's actor that comes when the run is to stop
         self.marked = 0.0  # when the step that runs began
+        self.due = math.inf  # when checkpoint.interval=auto wants the next checkpoint
         self.tracker: Tracker | None = None
         self.profiler: torch.profiler.profile | None = None
         self.last_checkpoint: str | None = None
@@ -143,6 +146,7 @@ class Reporter:
         if self.node.rank == 0:
             self.stop = self.progress.stopping.remote()
         self.marked = time.perf_counter()
+        self.due = self.marked + self._auto_seconds([1.0])
 
     def log(self, row: dict[str, Any]) -> None:
         if self.tracker is not None:
@@ -161,9 +165,10 @@ class Reporter:
             self.profiler.step()
 
     def wishes(self) -> int:
-        """What this rank has been asked for: SIGTERM means to leave, and rank 0 hears when the driver is to stop."""
+        """What this rank has been asked for: SIGTERM means to leave; rank 0 hears when the driver is to stop, and has the clock."""
+        due = self.node.rank == 0 and self.config.checkpoint.interval == "auto" and time.perf_counter() > self.due
         stop = self.stop is not None and bool(ray.wait([self.stop], timeout=0)[0])
-        return (STOP if stop else 0) | (LEAVE if told_to_leave() else 0)
+        return (STOP if stop else 0) | (LEAVE if told_to_leave() else 0) | (SAVE if due else 0)
 
     def _save(self, *arguments: Any, **more: Any) -> None:
         """A save as the loop asks for it: before and after it, a sign of life."""
@@ -187,6 +192,7 @@ class Reporter:
             "validation_loss": validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
             "guard": position.guard,
         }  # fmt: skip
+        self.due = math.inf  # until it is known how this one went
         try:
             self.checkpoints.save(position.step, state, last)
         finally:
@@ -202,16 +208,23 @@ class Reporter:
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
+    def _auto_seconds(self, pauses: list[float]) -> float:
+        seconds = optimal_interval(pauses, self.config.checkpoint.mtbf_hours * 3600)
+        return seconds if self.checkpoints.pauses else min(seconds, FIRST_AUTO_SECONDS)
+
     def _tell_saves(self) -> None:
         """Of the saves that have ended since: a row of what they took, a sentence about what went wrong."""
         for saved in self.checkpoints.done():
             for note in saved.notes:
                 self._push({"event": note})
+            self.due = time.perf_counter() + FIRST_AUTO_SECONDS
             if saved.path is None:
                 self.failed_saves += 1
                 self._push({"event": f"warning: the checkpoint of step {saved.step} failed: {saved.error}"})
                 continue
             self.last_checkpoint = saved.path
+            # the next is not to wait for this one
+            self.due = time.perf_counter() + max(self._auto_seconds(self.checkpoints.pauses), 2 * saved.seconds)
             if self.tracker is not None:
                 self.tracker.log({
                     "step": saved.step, "checkpoint_pause_seconds": saved.pause_seconds, "checkpoint_seconds": saved.seconds,

@@ -168,9 +168,12 @@ def test_a_pinned_checkpoint_begins_another_run(reference: Reference, launcher: 
     assert sorted(path.name for path in reference.run.glob("step_*")) == ["step_00000008", "step_00000012"], "left alone"
 
 
-def test_dropout_of_a_shared_residual_stream_is_shared(launcher: Launcher) -> None:
+def test_dropout_of_a_shared_residual_stream_is_shared_and_checkpoints_by_the_clock(launcher: Launcher) -> None:
     """Without sequence parallelism a TP group holds the residual stream in common: other draws on each rank tear its replicas apart."""
     phi3 = [f"model.overrides.{each}" for each in ("model_type=phi3", "pad_token_id=0", "resid_pdrop=0.1")]
-    ended = launcher.run(*phi3, "parallelism=tp2_dp1", "parallelism.sequence_parallel=false", "train.max_steps=2",
-                         "train.drift_interval=1", "tracker=none")  # fmt: skip
+    ended = launcher.run(*phi3, "parallelism=tp2_dp1", "parallelism.sequence_parallel=false", "train.max_steps=12",
+                         "train.drift_interval=1", "tracker=none", "checkpoint.interval=auto", "checkpoint.mtbf_hours=1e-6")  # fmt: skip
     assert ended.code == 0, ended
+    # a failure every 4 ms, or so it says: the clock asks for checkpoints all the time
+    saved = [row["step"] for row in rows_of(the_run(launcher.storage), saves=True)]
+    assert len(saved) > 1 and saved[-1] == 12 and saved[0] < 12

@@ -137,7 +137,10 @@ class Train:
 @dataclass
 class Checkpoint:
     storage_path: str = setting("outputs", "where runs live: a local or shared directory, or a URL such as s3://bucket/runs")
-    interval: int | None = setting(100, "steps between checkpoints; null = at the end only", least=1)
+    interval: int | str | None = setting(
+        100, "steps between checkpoints; auto = by the clock, from pause and mtbf_hours; null = at the end only", least=1, one_of=("auto",)
+    )
+    mtbf_hours: float = setting(24.0, "hours from one failure of the run to the next that you expect; interval=auto needs it", above=0)
     asynchronous: bool = setting(True, "write checkpoints while training goes on, from a copy; false = training waits")
     keep_last: int = setting(2, "how many checkpoints to keep, the newest", least=1)
     keep_every: int | None = setting(None, "keep those whose step is divisible by this as well; null = none", least=1)
