@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,9 +32,10 @@ def shard(
         tables: further groups, in the order of their use (embedding; final norm with head). Tied tables must not be
             listed: they stay in the root's group, together.
     """
+    recomputed = _recomputed(selective=parallelism.activation_checkpointing == "selective")
     for layer in layers:
         if parallelism.activation_checkpointing != "none":
-            _recompute(layer, selective=parallelism.activation_checkpointing == "selective")
+            layer.forward = MethodType(recomputed, layer)
         if parallelism.compile if parallelism.compile is not None else mesh.device.type == "cuda":
             layer.compile()
     compute, reduce = dtypes(parallelism, mesh.device)
@@ -45,10 +47,17 @@ def shard(
     fully_shard(model, **options)
 
 
-def _recompute(layer: nn.Module, selective: bool) -> None:
-    """Forget the block's activations and form them again in the backward pass; selective keeps the costly products."""
+def _recomputed(selective: bool) -> Callable[..., Any]:
+    """A block's forward that forgets its activations and forms them again in the backward pass; selective keeps the costly products.
+
+    One function for all blocks, so that torch.compile takes them for the same.
+    """
     contexts = partial(create_selective_checkpoint_contexts, _policy) if selective else noop_context_fn
-    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(partial(type(self).forward, self), *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    return forward
 
 
 _KEPT = {

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -68,25 +68,33 @@ def apply_tensor_parallel(model: nn.Module, table: Mapping[str, Part], tp: Devic
         tp: the one-dimensional tp mesh.
         region: the same group's way in and out.
     """
-    forwards: dict[Role, Callable[..., Any]] = {
+    functions: dict[Role, Callable[..., Any]] = {
         Role.COLUMN: _column, Role.ROW: _row, Role.EMBEDDING: _embedding, Role.FUSED: _fused, Role.SHARED_HEADS: _shared_heads,
-        Role.NORM: _norm, Role.HEAD: _head,
+        Role.NORM: _norm, Role.HEAD: _head, Role.REGION: _region,
     }  # fmt: skip
+    # torch.compile takes a bound method for the same in all layers, where other callables would make it compile each anew
+    forwards = {role: _as_method(function) for role, function in functions.items()}
     split: dict[int, nn.Parameter] = {}  # tied parameters must stay one
     for name, part in table.items():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         for key, parameter in list(module.named_parameters(recurse=False)):
             dim = split_dim(part, key)
             if dim is not None and not isinstance(parameter, DTensor):
                 if id(parameter) not in split:
                     split[id(parameter)] = _split(parameter, tp, dim)
                 setattr(module, key, split[id(parameter)])
-        if part.role is Role.REGION:
-            if part.heads is not None:
-                _believe(module, *part.heads)
-            module.forward = partial(_region, module.forward, region)
-        elif part.role in forwards:
-            module.forward = partial(forwards[part.role], module, region, part)
+        if part.role is Role.REGION and part.heads is not None:
+            _believe(module, *part.heads)
+        if part.role in forwards:
+            module.tp_region, module.tp_part = region, part
+            module.forward = MethodType(forwards[part.role], module)
+
+
+def _as_method(function: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, self.tp_region, self.tp_part, *args, **kwargs)
+
+    return forward
 
 
 def _believe(module: Any, heads: int, kv_heads: int) -> None:
@@ -184,8 +192,9 @@ def _head(module: nn.Linear, region: TensorRegion, part: Part, hidden: torch.Ten
     return linear_cross_entropy(whole, local(module.weight), labels.flatten(), region, first, part.softcap)
 
 
-def _region(forward: Callable[..., Any], region: TensorRegion, *args: Any, **kwargs: Any) -> Any:
+def _region(module: nn.Module, region: TensorRegion, part: Part, *args: Any, **kwargs: Any) -> Any:
     """Attention and MLP modules take the residual stream first, or as `hidden_states`."""
+    forward = type(module).forward
     if args:
-        return forward(region.enter(args[0]), *args[1:], **kwargs)
-    return forward(hidden_states=region.enter(kwargs.pop("hidden_states")), **kwargs)
+        return forward(module, region.enter(args[0]), *args[1:], **kwargs)
+    return forward(module, hidden_states=region.enter(kwargs.pop("hidden_states")), **kwargs)

@@ -1,0 +1,48 @@
+"""torch.compile: one graph serves all layers, in every layout and family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch._dynamo.utils
+from plain_reference import FAMILIES, settings_of
+from rank_cases import trainer
+from rank_pool import RankPool
+from torch import nn
+
+
+def compile_to_graphs(module: nn.Module) -> None:
+    """Module.compile, but for the code generation, which takes long and changes nothing here."""
+    module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+
+def graphs(settings: dict[str, Any]) -> tuple[int, int, list[tuple[float, float]]]:
+    """How many graphs two steps take, how many frames broke off, and losses and norms."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "compile", compile_to_graphs)
+        made = trainer(settings)
+    steps = [made.step() for _ in range(2)]
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), steps
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "one_kv_head", "olmo2", "qwen3"])
+@pytest.mark.parametrize(
+    "parallelism", [{"tp": 2, "dp": 2}, {"tp": 1, "dp": 2}, {"tp": 2, "dp": 1, "activation_checkpointing": "selective"}]
+)
+def test_one_graph_serves_all_layers(ranks: RankPool, family: str, parallelism: dict[str, Any]) -> None:
+    def of(layers: int, compiled: bool) -> tuple[int, int, list[tuple[float, float]]]:
+        architecture = {**FAMILIES[family], "num_hidden_layers": layers}
+        settings = settings_of(architecture, parallelism={**parallelism, "compile": compiled})
+        return ranks.run(parallelism["tp"] * parallelism["dp"], graphs, settings)[0]
+
+    few, many = of(2, True), of(12, True)
+    assert 0 < many[0] == few[0], "layers have graphs of their own"
+    assert many[1] == few[1] == 0, "a graph breaks off"
+    for got, expected in zip(many[2], of(12, False)[2], strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
