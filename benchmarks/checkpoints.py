@@ -97,6 +97,7 @@ def measure(rank: int, world: int, port: int, gpu: bool, options: dict[str, str]
     sums: list[torch.Tensor] = []
     for asynchronous in (True, False):
         checkpoints = made.checkpoints(out, asynchronous)
+        checkpoints.prepare()
         for _ in range(saves):
             number += 1
             state = {"step": number, "epoch": 0, "offset": 0, "tokens": 0, "global_batch_size": 1}

@@ -156,6 +156,8 @@ class Reporter:
             self.marked = time.perf_counter()
 
     def stepped(self, step: int) -> None:
+        if not self.watch.trained:  # the first step takes long anyway
+            self.checkpoints.prepare()
         self.watch.stepped()
         now = time.perf_counter()
         self._push({"step": step, "seconds": now - self.marked})

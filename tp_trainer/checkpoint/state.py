@@ -131,6 +131,10 @@ class Checkpoints:
             raise SaveFailed(f"checkpoint of step {step} failed: {saved.error}")
         return saved.path if last else None
 
+    def prepare(self) -> None:
+        """Agree on who writes what, ahead of the first save; once the optimizer has its state."""
+        self._planned(self._tensors(with_rng=True))
+
     def wait(self, seconds: float | None = None) -> None:
         """Until nothing is being written, or so long."""
         if self._thread is not None:
