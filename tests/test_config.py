@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tp_trainer.config import (
     Config,
     ConfigError,
     check_global_batch,
+    check_same_tokens,
     derived_name,
     known_keys,
     load,
@@ -241,3 +243,12 @@ def test_degrees(heads: int, kv_heads: int, inner: int, degrees: list[int]) -> N
 def test_key_norms_over_all_heads_forbid_replication() -> None:
     sizes = {"model_type": "olmo2", "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 384}
     assert Architecture.of({**NUMBERS, **sizes}, "it").tp_degrees() == [1, 2]
+
+
+@pytest.mark.parametrize(("allowed", "refused"), [([], True), (["data"], False), (["data.name"], False), (["optim"], True)])
+def test_other_tokens_under_the_same_name(allowed: list[str], refused: bool) -> None:
+    config = load({"experiment_name": "x", "model": {"architecture": NUMBERS}, "checkpoint": {"allow_mismatch": allowed}})
+    check_same_tokens(config, "a", "a", "there")
+    check_same_tokens(config, "a", None, "there")
+    with pytest.raises(ConfigError, match="other tokens than there was trained on") if refused else nullcontext():
+        check_same_tokens(config, "a", "b", "there")

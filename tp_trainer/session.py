@@ -18,6 +18,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from tp_trainer.checkpoint.state import Checkpoints
 from tp_trainer.checkpoint.store import Store, launch_file
 from tp_trainer.config import Config, ConfigError
+from tp_trainer.data import DataStream
 from tp_trainer.loop import Hooks, Position
 from tp_trainer.metrics import optimal_interval
 from tp_trainer.parallel.agreement import LEAVE, SAVE, STOP
@@ -109,10 +110,11 @@ class Reporter:
     """The loop's hooks: rows to the tracker and the driver, checkpoints to storage and Ray, the profiler's trace."""
 
     def __init__(
-        self, config: Config, node: Node, checkpoints: Checkpoints, global_batch_size: int, launch: str, progress: ActorHandle, watch: Watch
+        self, config: Config, node: Node, checkpoints: Checkpoints, data: DataStream, launch: str, progress: ActorHandle, watch: Watch
     ) -> None:
         self.config, self.node, self.checkpoints = config, node, checkpoints
-        self.global_batch_size, self.launch, self.progress, self.watch = global_batch_size, launch, progress, watch
+        self.launch, self.progress, self.watch = launch, progress, watch
+        self.data = {"global_batch_size": data.order.global_batch_size, "data": data.train.identity}  # for each state.json
         self.stop: Any = None  # rank 0: an answer of the driver's actor that comes when the run is to stop
         self.marked = 0.0  # when the step that runs began
         self.due = math.inf  # when checkpoint.interval=auto wants the next checkpoint
@@ -189,7 +191,7 @@ class Reporter:
         """
         state = {
             "step": position.step, "epoch": position.cursor.epoch, "offset": position.cursor.offset, "tokens": position.tokens,
-            "global_batch_size": self.global_batch_size, "seed": self.config.seed, "launch": self.launch,
+            **self.data, "seed": self.config.seed, "launch": self.launch,
             "layout": self.config.parallelism.layout,
             "validation_loss": validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
             "guard": position.guard,

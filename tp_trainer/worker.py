@@ -10,7 +10,7 @@ import torch
 from tp_trainer.checkpoint.owner import owned_by
 from tp_trainer.checkpoint.state import Checkpoints
 from tp_trainer.checkpoint.store import Found
-from tp_trainer.config import Config, ConfigError, check_schedule_length, load
+from tp_trainer.config import Config, ConfigError, check_same_tokens, check_schedule_length, load
 from tp_trainer.data import Cursor, open_data
 from tp_trainer.loop import Position, train
 from tp_trainer.models.build import build_model
@@ -49,8 +49,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
                               permitted=lambda: owned_by(checkpoints.store, launch))  # fmt: skip
     # of dropout: another on every rank, but for a residual stream that a TP group holds in common; a restore brings back its own
     torch.manual_seed(config.seed + 1 + (node.rank if config.parallelism.sequence_parallel else mesh.dp_rank))
-    start, found, skipped = node.agree(lambda: restore(config, launch, checkpoints, total_steps))
-    with Reporter(config, node, checkpoints, data.order.global_batch_size, launch, settings["progress"], watch) as reporter:
+    start, found, skipped = node.agree(lambda: restore(config, launch, checkpoints, total_steps, data.train.identity))
+    with Reporter(config, node, checkpoints, data, launch, settings["progress"], watch) as reporter:
         reporter.begin(start.step, total_steps)
         outcome = train(config, model, optimizer, data, mesh, start, reporter.hooks)
     watch.off()
@@ -65,7 +65,9 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def restore(config: Config, launch: str, checkpoints: Checkpoints, total_steps: int) -> tuple[Position, Found | None, list[str]]:
+def restore(
+    config: Config, launch: str, checkpoints: Checkpoints, total_steps: int, tokens: str
+) -> tuple[Position, Found | None, list[str]]:
     """Where to go on: the newest checkpoint of this launch (a restart), else what `checkpoint.resume` says, else the start.
 
     Whatever is taken has been read through and is whole.
@@ -82,6 +84,7 @@ def restore(config: Config, launch: str, checkpoints: Checkpoints, total_steps: 
         found = pinned
     if found is None:
         return Position(), None, skipped
+    check_same_tokens(config, tokens, found.state.get("data"), found.path)
     state = checkpoints.restore(found)
     cursor = Cursor(int(state["epoch"]), int(state["offset"]))
     return Position(found.step, cursor, int(state["tokens"]), state.get("guard", {})), found, skipped

@@ -107,3 +107,18 @@ def test_rows_longer_than_a_part(tmp_path) -> None:
 def test_global_batch_larger_than_the_data(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"^train\.global_batch_size=64: the training data has only \d+ rows; give at most"):
         stream(config(tmp_path, data={"percentage": 0.5}, train={"global_batch_size": 64}))
+
+
+def test_identity_is_that_of_the_tokens(tmp_path) -> None:
+    def of(name: str, text: str) -> str:
+        path = tmp_path / name / "book.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return stream(config(tmp_path, data={"source": "text", "name": str(path), "validation_percentage": 50.0})).train.identity
+
+    words = [f"the whale number {number} came up\n" for number in range(2000)]
+    assert of("one", "".join(words)) == of("two", "".join(words)), "wherever it lies"
+    swapped = [*words[:300], words[301], words[300], *words[302:]]
+    assert len({of("one", "".join(words)), of("three", "".join(swapped)), of("four", "".join(words[1:]))}) > 1
+    assert of("five", "".join(words[1:])) != of("one", "".join(words))
+    assert stream(config(tmp_path, data={"source": "random"})).train.identity == "random"

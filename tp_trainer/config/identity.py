@@ -66,6 +66,20 @@ def check_same_run(config: Config, stored: Mapping[str, Any], place: str) -> Non
                       f"{hint}, or let it through: checkpoint.allow_mismatch={shown(differing)}")  # fmt: skip
 
 
+def check_same_tokens(config: Config, mine: str, theirs: str | None, place: str) -> None:
+    """Raises ConfigError where a resume would go on with other tokens than it was started with, whatever the keys say.
+
+    Args:
+        mine: the identity of the training tokens.
+        theirs: that of the checkpoint's run; None where it doesn't say.
+    """
+    allowed = any(_allowed(key, config.checkpoint.allow_mismatch) for key in ("data.name", "data.tokenizer"))
+    if theirs not in (None, mine) and not allowed:
+        raise ConfigError("data.source", config.data.source,
+                          f"these are other tokens than {place} was trained on (another text or tokenizer of the same name); "
+                          "give another experiment_name, or let it through: checkpoint.allow_mismatch=[data]")  # fmt: skip
+
+
 def check_mismatch_names(config: Config) -> None:
     """Raises ConfigError for a name in `checkpoint.allow_mismatch` that no resume compares."""
     compared = [key for key in _compared(choices(config)) if key not in MAY_CHANGE]

@@ -253,9 +253,18 @@ class Rows:
         """int64 [ids]: how often each id occurs in all tokens."""
         return np.load(self.directory / "counts.npy")
 
+    @property
+    def identity(self) -> str:
+        """A digest of the tokens: of how often each occurs, and of a thousand pieces of the text in their order."""
+        places = np.linspace(0, max(0, len(self.tokens) - 64), 1000, dtype=np.int64)
+        pieces = self.tokens[(places[:, None] + np.arange(64)).clip(max=len(self.tokens) - 1)]
+        return hashlib.sha256(self.counts.tobytes() + pieces.astype(np.int64).tobytes()).hexdigest()[:32]
+
 
 class RandomRows:
     """Rows of uniformly random tokens: row i is a function of (seed, i)."""
+
+    identity = "random"
 
     def __init__(self, vocab_size: int, seq_length: int, seed: int, rows: int = 1_000_000) -> None:
         self.vocab_size, self.seq_length, self.seed, self.rows = vocab_size, seq_length, seed, rows
