@@ -146,11 +146,12 @@ def test_a_rank_that_hangs(launcher: Launcher, clean: dict[int, dict[str, Any]])
     assert sorted(stacks) == ["rank0.txt", "rank1.txt"] and "train_step" in stacks["rank0.txt"] and "sitecustomize" in stacks["rank1.txt"]
 
 
-def test_a_rank_that_is_stopped(launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
-    """SIGSTOP: it hears no alarm, and Ray can't end it."""
+@pytest.mark.parametrize("ranks", [1, 2], ids=["one", "all"])
+def test_ranks_that_are_stopped(ranks: int, launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
+    """SIGSTOP: they hear no alarm, and Ray can't end them. Of one, its peer's alarm goes off; of all, the driver must do it."""
     running, run = started(launcher, 5, "cluster.hang_seconds=8", "cluster.max_failures=1", slow=1)
-    stopped = launcher.workers()[1]
-    os.kill(stopped, signal.SIGSTOP)
+    for pid in launcher.workers()[-ranks:]:
+        os.kill(pid, signal.SIGSTOP)
     ended = running.wait()
     assert ended.code == 0, ended
     summary = same(run, clean)
