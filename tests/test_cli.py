@@ -50,6 +50,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     module.train = stand_in.train  # type: ignore[attr-defined]
     module.RunFailed = RunFailed  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tp_trainer.driver", module)
+    task = types.ModuleType("tp_trainer.tasks.train")
+    task.run = stand_in.train  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tp_trainer.tasks.train", task)
     return stand_in
 
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tp_trainer.config import Architecture
-from tp_trainer.metrics import PEAK_FLOPS, flops_per_token, peak_flops, peak_memory_gib
+from tp_trainer.metrics import PEAK_FLOPS, flops_per_token, optimal_interval, peak_flops, peak_memory_gib
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
 
@@ -63,3 +63,15 @@ def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_on_cpu_is_this_process() -> None:
     assert 0.01 < peak_memory_gib(torch.device("cpu")) < 1000
+
+
+def test_the_optimal_interval_loses_the_least() -> None:
+    """Pauses and the half interval that a failure costs on average, in a year: Young's interval against others."""
+    pause, between = 0.8, 24 * 3600.0
+
+    def lost(interval: float) -> float:
+        return pause / interval + interval / 2 / between
+
+    best = optimal_interval([5.0, 0.7, 0.8, 0.9], between)  # the first one plans as well
+    assert all(lost(best) <= lost(best * factor) for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2.0))
+    assert optimal_interval([0.8], between) == best and pause / best < 0.005

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 TASKS = {  # what a task calls with the checked Config; imported only then, since all of them import ray
-    "train": "tp_trainer.driver:train",
+    "train": "tp_trainer.tasks.train:run",
     "export": "tp_trainer.tasks.export:run",
     "verify": "tp_trainer.tasks.verify:run",
 }

@@ -76,6 +76,7 @@ def train(
     position, loss_value, validation_loss = start, None, None
     agreement, guard = Agreement(), Guard(train, mesh.device, start.guard)
     ended: Literal["finished", "stopped", "left"] = "finished"
+    interval = config.checkpoint.interval
     began = marked = time.perf_counter()
     marked_step, marked_tokens = position.step, position.tokens
     for step in range(start.step + 1, total + 1):
@@ -89,7 +90,7 @@ def train(
         wishes, last = agreement.answer(), step == total
         if not last and wishes & (STOP | LEAVE):
             ended = "stopped" if wishes & STOP else "left"
-        saves = bool(wishes) or last or (config.checkpoint.interval is not None and step % config.checkpoint.interval == 0)
+        saves = bool(wishes) or last or (isinstance(interval, int) and step % interval == 0)
         report_skipped(guard.seen(step, at_once=saves), train, hooks)
         if train.drift_interval and (last or step % train.drift_interval == 0):
             check_replicas(model.module.named_parameters(), mesh, step)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import resource
+import statistics
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -47,3 +50,15 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_reserved(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def optimal_interval(pauses: Sequence[float], mean_time_between_failures: float) -> float:
+    """Seconds from one checkpoint to the next that lose the least to pauses and to steps done again.
+
+    sqrt(2 C M), with C the pause of a save and M the mean time between failures (Young 1974, "A first order approximation
+    to the optimum checkpoint interval"; Daly 2006 gives corrections, which matter where C is no longer small beside M).
+
+    Args:
+        pauses: seconds of each save so far; the median counts, and of more than one not the first, which plans as well.
+    """
+    return math.sqrt(2 * statistics.median(pauses[1:] or pauses) * mean_time_between_failures)

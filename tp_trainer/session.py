@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -18,11 +19,14 @@ from tp_trainer.checkpoint.state import Checkpoints
 from tp_trainer.checkpoint.store import Store, launch_file
 from tp_trainer.config import Config, ConfigError
 from tp_trainer.loop import Hooks, Position
-from tp_trainer.parallel.agreement import LEAVE, STOP
+from tp_trainer.metrics import optimal_interval
+from tp_trainer.parallel.agreement import LEAVE, SAVE, STOP
 from tp_trainer.tracker import Tracker, build_tracker
 from tp_trainer.watch import START, Alarm, stacks_file, told_to_leave
 
 T = TypeVar("T")
+FIRST_AUTO_SECONDS = 60.0  # at most, until checkpoint.interval=auto, which knows no pause yet, saves
+LAST_SAVE_SECONDS = 60  # that a failed rank waits for the checkpoint it is writing
 
 
 class Node:
@@ -111,9 +115,11 @@ class Reporter:
         self.global_batch_size, self.launch, self.progress, self.watch = global_batch_size, launch, progress, watch
         self.stop: Any = None  # rank 0: an answer of the driver's actor that comes when the run is to stop
         self.marked = 0.0  # when the step that runs began
+        self.due = math.inf  # when checkpoint.interval=auto wants the next checkpoint
         self.tracker: Tracker | None = None
         self.profiler: torch.profiler.profile | None = None
         self.last_checkpoint: str | None = None
+        self.failed_saves = 0
 
     def __enter__(self) -> Reporter:
         self.tracker = self.node.agree(lambda: build_tracker(self.config, self.config.run_dir) if self.node.rank == 0 else None)
@@ -123,6 +129,8 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.checkpoints.wait(LAST_SAVE_SECONDS)  # after an error, too: the process ends, and with it what is being written
+        self._tell_saves()
         if self.profiler is not None:
             self.profiler.stop()
         if self.tracker is not None:
@@ -138,6 +146,7 @@ class Reporter:
         if self.node.rank == 0:
             self.stop = self.progress.stopping.remote()
         self.marked = time.perf_counter()
+        self.due = self.marked + self._auto_seconds([1.0])
 
     def log(self, row: dict[str, Any]) -> None:
         if self.tracker is not None:
@@ -151,13 +160,15 @@ class Reporter:
         now = time.perf_counter()
         self._push({"step": step, "seconds": now - self.marked})
         self.marked = now
+        self._tell_saves()
         if self.profiler is not None:
             self.profiler.step()
 
     def wishes(self) -> int:
-        """What this rank has been asked for: SIGTERM means to leave, and rank 0 hears when the driver is to stop."""
+        """What this rank has been asked for: SIGTERM means to leave; rank 0 hears when the driver is to stop, and has the clock."""
+        due = self.node.rank == 0 and self.config.checkpoint.interval == "auto" and time.perf_counter() > self.due
         stop = self.stop is not None and bool(ray.wait([self.stop], timeout=0)[0])
-        return (STOP if stop else 0) | (LEAVE if told_to_leave() else 0)
+        return (STOP if stop else 0) | (LEAVE if told_to_leave() else 0) | (SAVE if due else 0)
 
     def _save(self, *arguments: Any, **more: Any) -> None:
         """A save as the loop asks for it: before and after it, a sign of life."""
@@ -169,21 +180,56 @@ class Reporter:
         self.marked = time.perf_counter()
 
     def save(self, position: Position, validation_loss: float | None, last: bool) -> None:
-        """A checkpoint of all ranks, made known to Ray Train."""
+        """A checkpoint of all ranks, written in the background; the last one is waited for and made known to Ray Train.
+
+        Raises:
+            SaveFailed: the last one doesn't count. An earlier one that failed is told of, and training goes on.
+        """
         state = {
             "step": position.step, "epoch": position.cursor.epoch, "offset": position.cursor.offset, "tokens": position.tokens,
             "global_batch_size": self.global_batch_size, "seed": self.config.seed, "launch": self.launch,
-            "layout": self.config.parallelism.layout, "validation_loss": validation_loss, "guard": position.guard,
+            "layout": self.config.parallelism.layout,
+            "validation_loss": validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
+            "guard": position.guard,
         }  # fmt: skip
-        self.last_checkpoint = self.checkpoints.save(position.step, state)
+        self.due = math.inf  # until it is known how this one went
+        try:
+            self.checkpoints.save(position.step, state, last)
+        finally:
+            self._tell_saves()
         if self.tracker is not None:
             self.tracker.flush()
+        if not last or self.last_checkpoint is None:
+            return
         name = self.last_checkpoint.rsplit("/", 1)[-1]
         ray.train.report(
             {"step": position.step, "validation_loss": validation_loss},
             checkpoint=Checkpoint(f"{self.node.storage.experiment_fs_path}/{name}", self.node.storage.storage_filesystem),
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
+
+    def _auto_seconds(self, pauses: list[float]) -> float:
+        seconds = optimal_interval(pauses, self.config.checkpoint.mtbf_hours * 3600)
+        return seconds if self.checkpoints.pauses else min(seconds, FIRST_AUTO_SECONDS)
+
+    def _tell_saves(self) -> None:
+        """Of the saves that have ended since: a row of what they took, a sentence about what went wrong."""
+        for saved in self.checkpoints.done():
+            for note in saved.notes:
+                self._push({"event": note})
+            self.due = time.perf_counter() + FIRST_AUTO_SECONDS
+            if saved.path is None:
+                self.failed_saves += 1
+                self._push({"event": f"warning: the checkpoint of step {saved.step} failed: {saved.error}"})
+                continue
+            self.last_checkpoint = saved.path
+            # the next is not to wait for this one
+            self.due = time.perf_counter() + max(self._auto_seconds(self.checkpoints.pauses), 2 * saved.seconds)
+            if self.tracker is not None:
+                self.tracker.log({
+                    "step": saved.step, "checkpoint_pause_seconds": saved.pause_seconds, "checkpoint_seconds": saved.seconds,
+                    "checkpoint_bytes": saved.bytes,
+                }, saved.step)  # fmt: skip
 
     def _push(self, item: dict[str, Any]) -> None:
         """To the driver, without waiting."""

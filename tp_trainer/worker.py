@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Any
 
 import torch
 
+from tp_trainer.checkpoint.owner import owned_by
 from tp_trainer.checkpoint.state import Checkpoints
-from tp_trainer.checkpoint.store import Found, at
+from tp_trainer.checkpoint.store import Found
 from tp_trainer.config import Config, ConfigError, check_schedule_length, load
 from tp_trainer.data import Cursor, open_data
 from tp_trainer.loop import Position, train
@@ -41,7 +43,10 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     model.module.register_forward_pre_hook(watch.forward)
     total_steps = data.total_steps(config.train)
     optimizer = build_optimizer(config.optim, model.module.named_parameters())
-    checkpoints = Checkpoints(config.run_dir, config.checkpoint.keep_last, model.module, optimizer, node.device)
+    keep = config.checkpoint
+    checkpoints = Checkpoints(config.run_dir, keep.keep_last, model.module, optimizer, node.device,
+                              keep_every=keep.keep_every, keep_best=keep.keep_best, asynchronous=keep.asynchronous,
+                              permitted=lambda: owned_by(checkpoints.store, launch))  # fmt: skip
     # of dropout: another on every rank, but for a residual stream that a TP group holds in common; a restore brings back its own
     torch.manual_seed(config.seed + 1 + (node.rank if config.parallelism.sequence_parallel else mesh.dp_rank))
     start, found, skipped = node.agree(lambda: restore(config, launch, checkpoints, total_steps))
@@ -55,6 +60,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         "skipped_steps": outcome.skipped_steps,
         "tokens_per_second": outcome.tokens_trained / outcome.training_seconds if outcome.tokens_trained else None,
         "resumed_from": found.step if found else None, "skipped_checkpoints": skipped,
+        "failed_saves": reporter.failed_saves, "checkpoint_pause_seconds": mean(checkpoints.pauses) if checkpoints.pauses else None,
         "checkpoint": reporter.last_checkpoint or (found.path if found else None),
     }  # fmt: skip
 
@@ -62,13 +68,15 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 def restore(config: Config, launch: str, checkpoints: Checkpoints, total_steps: int) -> tuple[Position, Found | None, list[str]]:
     """Where to go on: the newest checkpoint of this launch (a restart), else what `checkpoint.resume` says, else the start.
 
+    Whatever is taken has been read through and is whole.
+
     Returns the position, the checkpoint that it comes from (None: from the start) and those that were passed over.
     """
     check_schedule_length(config.optim, total_steps)
     resume = config.checkpoint.resume
-    found, skipped = checkpoints.store.newest(launch if resume != "auto" else None)
+    found, skipped = checkpoints.newest(launch if resume != "auto" else None)
     if found is None and resume not in ("auto", "never"):
-        pinned = at(resume)
+        pinned = checkpoints.pinned(resume)
         if isinstance(pinned, str):
             raise ConfigError("checkpoint.resume", resume, pinned)
         found = pinned

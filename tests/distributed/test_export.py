@@ -24,7 +24,7 @@ from tp_trainer.assets import TOKENIZER
 from tp_trainer.checkpoint.state import Checkpoints
 from tp_trainer.config import Cluster, ConfigError, load, to_yaml
 from tp_trainer.driver import RunFailed
-from tp_trainer.tasks import export
+from tp_trainer.tasks import export, train
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = 1e-4  # GiB: a file for every tensor or two
@@ -32,7 +32,8 @@ TINY = 1e-4  # GiB: a file for every tensor or two
 
 def save_untouched(settings: dict[str, Any], run_dir: str) -> None:
     made = trainer(settings)
-    Checkpoints(run_dir, 2, made.model.module, made.optimizer, made.mesh.device).save(3, {"step": 3})
+    state = {"step": 3, "epoch": 0, "offset": 24, "tokens": 99, "global_batch_size": 8}
+    Checkpoints(run_dir, 2, made.model.module, made.optimizer, made.mesh.device).save(3, state)
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +286,26 @@ def test_float16_that_does_not_hold_the_values(runs: Callable[[str], Path], tmp_
     monkeypatch.setattr("tp_trainer.checkpoint.state.read_parameters", huge)
     with pytest.raises(ConfigError, match=r"export\.dtype=float16: model\.embed_tokens\.weight has values"):
         exported(runs("qwen2"), tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.usefixtures("here")
+def test_at_the_end_of_a_training(runs: Callable[[str], Path], tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, output = runs("qwen3"), tmp_path / "out"
+    trained: list[str] = []
+
+    def training(config: Any) -> dict[str, Any]:
+        trained.append(config.task)
+        return {"status": status, "checkpoint": f"{run}/step_00000003"}
+
+    monkeypatch.setattr("tp_trainer.driver.train", training)
+    settings = settings_of(saved(models, "qwen3"), export={"output": str(output), "dtype": "float32"})
+    status = "stopped"
+    train.run(load(settings))
+    assert trained == ["train"] and not output.exists(), "a run that was stopped goes on later"
+    status = "finished"
+    assert train.run(load(settings))["checkpoint"] == f"{run}/step_00000003"
+    for name, value in AutoModelForCausalLM.from_pretrained(saved(models, "qwen3"), dtype=torch.float32).state_dict().items():
+        assert torch.equal(value, AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).state_dict()[name])
+    with pytest.raises(ConfigError, match="is there already"):
+        train.run(load(settings))
+    assert trained == ["train", "train"], "refused before the training"

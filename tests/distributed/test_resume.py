@@ -15,7 +15,7 @@ from rank_pool import RankPool
 from tp_trainer.checkpoint.state import Checkpoints
 from tp_trainer.data import Cursor
 
-STATE = {"step": 3, "epoch": 0, "offset": 24, "tokens": 99}
+STATE = {"step": 3, "epoch": 0, "offset": 24, "tokens": 99, "global_batch_size": 8}
 
 
 def checkpoints(made: Trainer, run_dir: str, keep_last: int = 2) -> Checkpoints:
@@ -46,7 +46,7 @@ def restored(settings: dict[str, Any], run_dir: str, steps: int = 0) -> dict[str
     made = trainer({**settings, "seed": 7})
     made.data = trainer(settings).data if steps else made.data  # the order of data is the run's own
     saves = checkpoints(made, run_dir)
-    found, skipped = saves.store.newest()
+    found, skipped = saves.newest()
     assert found is not None
     state = saves.restore(found)
     made.cursor = Cursor(state["epoch"], state["offset"])
@@ -118,19 +118,20 @@ def test_only_the_last_are_kept_and_damaged_ones_passed_over(ranks: RankPool, tm
     assert [each.split(" (")[0] for each in after["skipped"]] == ["step_00000005"] and shards[1].name in after["skipped"][0]
 
 
-def saves_twice(settings: dict[str, Any], run_dir: str) -> str:
+def saves_twice(settings: dict[str, Any], run_dir: str) -> list[str]:
     made = trainer(settings)
     saves = checkpoints(made, run_dir)
-    saves.save(1, {**STATE, "step": 1})
-    before = {path.name: path.read_bytes() for path in Path(run_dir, "step_00000001").iterdir()}
+    path = saves.save(1, {**STATE, "step": 1})
+    assert path == f"{run_dir}/step_00000001"
+    before = {each.name: each.read_bytes() for each in Path(path).iterdir()}
+    dist.barrier()
     made.step()
-    try:
-        saves.save(1, {**STATE, "step": 1})
-    except AssertionError as error:
-        assert {path.name: path.read_bytes() for path in Path(run_dir, "step_00000001").iterdir()} == before
-        return str(error)
-    return "overwritten"
+    assert saves.save(1, {**STATE, "step": 1}) == path, "it counts as saved"
+    assert {each.name: each.read_bytes() for each in Path(path).iterdir()} == before
+    assert [each.name for each in Path(run_dir).iterdir()] == ["step_00000001"]
+    return [note for each in saves.done() for note in each.notes]
 
 
 def test_a_whole_checkpoint_is_never_overwritten(ranks: RankPool, tmp_path: Path) -> None:
-    assert "is there already" in ranks.run(1, saves_twice, settings_of(FAMILIES["qwen2"]), str(tmp_path))[0]
+    notes = ranks.run(2, saves_twice, settings_of(FAMILIES["qwen2"], 1, 2), str(tmp_path))
+    assert notes == [["step_00000001 is there already, and whole: it is kept as it is"]] * 2

@@ -32,7 +32,8 @@ def run_train(settings: dict[str, Any], run_dir: str | None = None, resume_at: i
         events.append(("save", (position, validation_loss)))
         if saves and resume_at is None:
             cursor = position.cursor
-            saves.save(position.step, {"step": position.step, "epoch": cursor.epoch, "offset": cursor.offset, "tokens": position.tokens})
+            state = {"step": position.step, "epoch": cursor.epoch, "offset": cursor.offset, "tokens": position.tokens}
+            saves.save(position.step, {**state, "global_batch_size": made.data.order.global_batch_size}, last)
 
     hooks = Hooks(log=lambda row: events.append(("log", row)), stepped=lambda step: events.append(("stepped", step)), save=save)
     outcome = train(made.config, made.model, made.optimizer, made.data, made.mesh, start, hooks)

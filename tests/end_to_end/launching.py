@@ -153,11 +153,12 @@ class Launcher:
         shutil.rmtree(self.ray_dir, ignore_errors=True)
 
 
-def rows_of(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl; while it is being written, without the line that isn't whole yet."""
+def rows_of(run: Path, saves: bool = False) -> list[dict[str, Any]]:
+    """metrics.jsonl's steps and evaluations, or its saves; while it is being written, without the line that isn't whole yet."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if ("checkpoint_seconds" in row) == saves]
 
 
 def steps_of(run: Path) -> dict[int, dict[str, Any]]:

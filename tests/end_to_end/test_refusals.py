@@ -70,8 +70,8 @@ def refused(ended: Ended, *says: str) -> None:
 def fake_checkpoint(run: Path, step: int, **state: Any) -> Path:
     """A checkpoint that counts, with nothing in it but its state."""
     store = Store(str(run))
-    store.begin(step)
-    store.commit(step, {"step": step, "global_batch_size": 8, "launch": "x", "epoch": 0, "offset": 0, "tokens": 0, **state})
+    values = {"step": step, "global_batch_size": 8, "launch": "x", "epoch": 0, "offset": 0, "tokens": 0, **state}
+    store.commit(store.begin(step), step, values, {"tensors": {}}, {})
     return run / f"step_{step:08d}"
 
 

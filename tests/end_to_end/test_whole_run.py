@@ -19,6 +19,7 @@ STEP_FIELDS = [
     "step_seconds",
 ]  # fmt: skip
 EVALUATION_FIELDS = ["step", "validation_loss"]
+SAVE_FIELDS = ["step", "checkpoint_pause_seconds", "checkpoint_seconds", "checkpoint_bytes"]
 SUMMARY_FIELDS = [
     "status", "steps", "tokens", "loss", "validation_loss", "unigram_loss", "wall_seconds", "startup_seconds", "tokens_per_second",
     "restarts", "resumed_from", "skipped_checkpoints", "checkpoint", "skipped_steps", "world", "mesh",
@@ -41,8 +42,11 @@ def test_what_a_run_leaves_behind(reference: Reference) -> None:
     assert [row["step"] for row in steps] == list(range(1, 13)) and evaluation["step"] == 12
     assert [row["tokens"] for row in steps] == [256 * step for step in range(1, 13)], "4 x 2 rows of 32 tokens"
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
-    last = (run / "metrics.jsonl").read_text().splitlines()[-2]
-    assert len(re.search(r'"loss": (\d+\.\d+)', last)[1]) > 12, "full precision"  # type: ignore[index]
+    assert max(map(len, re.findall(r'"loss": (\d+\.\d+)', (run / "metrics.jsonl").read_text()))) > 12, "full precision"
+    saves = rows_of(run, saves=True)
+    assert [row["step"] for row in saves] == [4, 8, 12] and all(list(row) == SAVE_FIELDS for row in saves)
+    assert all(0 < row["checkpoint_pause_seconds"] < 10 and row["checkpoint_seconds"] > 0 for row in saves)
+    assert 1e7 < saves[-1]["checkpoint_bytes"] < 3e7, "1.2 million parameters, 12 bytes each"
     rate = steps[-1]["tokens_per_second"]
     assert rate == pytest.approx(256 / steps[-1]["step_seconds"]) and steps[-1]["tokens_per_second_per_worker"] == pytest.approx(rate / 4)
     assert steps[-1]["mfu"] is None and 0.1 < steps[-1]["memory_gib"] < 4
@@ -164,9 +168,12 @@ def test_a_pinned_checkpoint_begins_another_run(reference: Reference, launcher: 
     assert sorted(path.name for path in reference.run.glob("step_*")) == ["step_00000008", "step_00000012"], "left alone"
 
 
-def test_dropout_of_a_shared_residual_stream_is_shared(launcher: Launcher) -> None:
+def test_dropout_of_a_shared_residual_stream_is_shared_and_checkpoints_by_the_clock(launcher: Launcher) -> None:
     """Without sequence parallelism a TP group holds the residual stream in common: other draws on each rank tear its replicas apart."""
     phi3 = [f"model.overrides.{each}" for each in ("model_type=phi3", "pad_token_id=0", "resid_pdrop=0.1")]
-    ended = launcher.run(*phi3, "parallelism=tp2_dp1", "parallelism.sequence_parallel=false", "train.max_steps=2",
-                         "train.drift_interval=1", "tracker=none")  # fmt: skip
+    ended = launcher.run(*phi3, "parallelism=tp2_dp1", "parallelism.sequence_parallel=false", "train.max_steps=12",
+                         "train.drift_interval=1", "tracker=none", "checkpoint.interval=auto", "checkpoint.mtbf_hours=1e-6")  # fmt: skip
     assert ended.code == 0, ended
+    # a failure every 4 ms, or so it says: the clock asks for checkpoints all the time
+    saved = [row["step"] for row in rows_of(the_run(launcher.storage), saves=True)]
+    assert len(saved) > 1 and saved[-1] == 12 and saved[0] < 12

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from tp_trainer.config.architecture import architecture
@@ -92,15 +93,21 @@ def check_fields(node: Any, prefix: str) -> None:
             check_fields(value, key + ".")
         if value is None or not rule:
             continue
-        if rule.get("one_of") and value not in rule["one_of"]:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if rule.get("one_of") and value not in rule["one_of"] and not (number and rule.get("least") is not None):
             near = difflib.get_close_matches(str(value), rule["one_of"], n=1)
-            raise ConfigError(key, value, f"must be one of {', '.join(rule['one_of'])}" + (f"; did you mean {near[0]}?" if near else ""))
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            raise ConfigError(key, value, f"must be {_choice(rule)}" + (f"; did you mean {near[0]}?" if near else ""))
+        if number:
             bounds = [("least", "at least", lambda a, b: a >= b), ("above", "above", lambda a, b: a > b),
                       ("most", "at most", lambda a, b: a <= b), ("below", "below", lambda a, b: a < b)]
             stated = [(words, rule[name]) for name, words, _ in bounds if rule.get(name) is not None]
             if not math.isfinite(value) or any(rule.get(n) is not None and not holds(value, rule[n]) for n, _, holds in bounds):
                 raise ConfigError(key, value, "must be " + (" and ".join(f"{words} {bound:g}" for words, bound in stated) or "finite"))
+
+
+def _choice(rule: Mapping[str, Any]) -> str:
+    words = ", ".join(rule["one_of"])
+    return f"one of {words}" if rule.get("least") is None else f"a number of at least {rule['least']:g}, or {words}"
 
 
 def _divisors(n: int) -> str:

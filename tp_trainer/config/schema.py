@@ -136,9 +136,15 @@ class Train:
 
 @dataclass
 class Checkpoint:
-    storage_path: str = setting("outputs", "where runs live: a local or shared directory")
-    interval: int | None = setting(100, "steps between checkpoints; null = at the end only", least=1)
-    keep_last: int = setting(2, "how many checkpoints to keep", least=1)
+    storage_path: str = setting("outputs", "where runs live: a local or shared directory, or a URL such as s3://bucket/runs")
+    interval: int | str | None = setting(
+        100, "steps between checkpoints; auto = by the clock, from pause and mtbf_hours; null = at the end only", least=1, one_of=("auto",)
+    )
+    mtbf_hours: float = setting(24.0, "hours from one failure of the run to the next that you expect; interval=auto needs it", above=0)
+    asynchronous: bool = setting(True, "write checkpoints while training goes on, from a copy; false = training waits")
+    keep_last: int = setting(2, "how many checkpoints to keep, the newest", least=1)
+    keep_every: int | None = setting(None, "keep those whose step is divisible by this as well; null = none", least=1)
+    keep_best: int = setting(0, "how many to keep as well of those with the lowest validation loss", least=0)
     resume: str = setting("auto", "auto, never, or the path of a checkpoint")
     allow_mismatch: list[str] = setting([], "keys in which a resume may differ from the checkpoint's run, e.g. [optim.lr,data]")
     path: str | None = setting(None, "task=export: the checkpoint to export")
@@ -170,7 +176,7 @@ class Tracker:
 
 @dataclass
 class Export:
-    output: str | None = setting(None, "task=export: the directory to write, as transformers' save_pretrained would")
+    output: str | None = setting(None, "the directory to write, as transformers' save_pretrained would; of a training: at its end")
     dtype: str = setting("bfloat16", "dtype of the exported weights", one_of=DTYPES)
     max_shard_gib: float = setting(5.0, "size of one safetensors file, GiB", above=0)
 

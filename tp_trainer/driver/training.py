@@ -63,8 +63,9 @@ def _fit(config: Config, tokenizer: str, owner: Owner, began: float, store: Stor
         "status": status, "steps": followed.step, "tokens": followed.row.get("tokens", 0),
         "loss": followed.row.get("loss"), "validation_loss": followed.validation_loss, "unigram_loss": None,
         "wall_seconds": time.time() - began, "startup_seconds": (followed.begun or time.time()) - began, "tokens_per_second": None,
-        "restarts": 0, "resumed_from": None, "skipped_checkpoints": [], "checkpoint": None, "skipped_steps": 0,
+        "restarts": 0, "resumed_from": None, "skipped_checkpoints": [], "checkpoint": None,
         "world": config.parallelism.world_size, "mesh": {"dp": config.parallelism.dp, "tp": config.parallelism.tp},
+        "skipped_steps": 0, "failed_saves": 0,
     }  # fmt: skip
     if config.parallelism.dp_replicate > 1:
         summary["mesh"]["dp_replicate"] = config.parallelism.dp_replicate

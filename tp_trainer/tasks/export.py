@@ -50,7 +50,7 @@ def run(config: Config) -> dict[str, Any]:
     """
     began = time.time()
     found = _checkpoint(config.checkpoint.path)
-    output = _output(config.export.output)
+    output = free_output(config.export.output)
     stored = _run_config(found)
     tokenizer = _tokenizer(stored)
     dtype, remote = config.export.dtype, "://" in output
@@ -102,8 +102,8 @@ def _checkpoint(path: str | None) -> Found:
     return found
 
 
-def _output(path: str | None) -> str:
-    """Where to write, absolute."""
+def free_output(path: str | None) -> str:
+    """Where to write, absolute. Raises ConfigError where something is there already."""
     if path is None:
         raise ConfigError("export.output", None, "is missing: task=export needs a directory to write, e.g. export.output=exported")
     where = path.rstrip("/") if "://" in path else str(Path(path).expanduser().resolve())

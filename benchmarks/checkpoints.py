@@ -1,0 +1,184 @@
+"""Measures checkpoints without Ray: pause and total of a save, in the background and not, and the time of a load in two layouts.
+
+    python benchmarks/checkpoints.py out=/dir parallelism=tp2_dp1 other=tp1_dp2 saves=3 model=qwen2_7b model.weights=random
+
+One process a rank is started here: on GPUs where there are enough, else on the CPU. What is not `out`, `other` (the layout
+of the second load), `saves` (how many of each kind) or `steps` (training steps between them) is given to the configuration
+as on launch.py's command line. Prints one line of JSON per measurement; `<out>/checkpoints` is deleted first and last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
+
+from tp_trainer.checkpoint.snapshot import free_host_memory
+from tp_trainer.checkpoint.state import Checkpoints, local
+from tp_trainer.config import load
+from tp_trainer.data import Cursor, open_data
+from tp_trainer.loop import train_step
+from tp_trainer.models.build import build_model
+from tp_trainer.optim import build_optimizer
+from tp_trainer.parallel.mesh import build_mesh
+
+
+def composed(overrides: list[str]) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from tp_trainer.cli import conf_dir
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        values = OmegaConf.to_container(compose("config", ["data=random", *overrides]), resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+class Rank:
+    """One rank's model, optimizer and data."""
+
+    def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
+        self.config = load(settings)
+        parallelism = self.config.parallelism
+        self.config.train.global_batch_size = self.config.train.micro_batch_size * parallelism.dp
+        self.mesh = build_mesh(parallelism, device)
+        self.model = build_model(self.config, self.mesh, lambda find: find())
+        self.optimizer = build_optimizer(self.config.optim, self.model.module.named_parameters())
+        self.data = open_data(
+            self.config, tokenizer="none", dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size, first_on_node=lambda make: make()
+        )
+        self.cursor = Cursor()
+
+    def step(self) -> float:
+        """One training step; its seconds, until the device is done."""
+        began = time.perf_counter()
+        batches, self.cursor = self.data.step(self.cursor)
+        loss, _ = train_step(self.model, self.optimizer, batches, self.mesh, self.config.train.clip_grad_norm)
+        loss.item()
+        return time.perf_counter() - began
+
+    def checkpoints(self, out: str, asynchronous: bool) -> Checkpoints:
+        return Checkpoints(out, 1, self.model.module, self.optimizer, self.mesh.device, asynchronous=asynchronous)
+
+
+def measure(rank: int, world: int, port: int, gpu: bool, options: dict[str, str], first: dict[str, Any], second: dict[str, Any]) -> None:
+    device = torch.device("cuda", rank) if gpu else torch.device("cpu")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")}  # fmt: skip
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    out, saves, steps = f"{options['out']}/checkpoints", int(options["saves"]), int(options["steps"])
+
+    def say(**row: Any) -> None:
+        if rank == 0:
+            print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}), flush=True)
+
+    made = Rank(first, device)
+    seconds = [made.step() for _ in range(5)]
+    plain = statistics.median(seconds[2:])
+    free = (free_host_memory() or 0) / 2**30
+    say(what="step", layout=made.config.parallelism.layout, seconds=plain, peak_gib=peak(device), free_host_gib=free)
+    number = 0
+    sums: list[torch.Tensor] = []
+    for asynchronous in (True, False):
+        checkpoints = made.checkpoints(out, asynchronous)
+        for _ in range(saves):
+            number += 1
+            state = {"step": number, "epoch": 0, "offset": 0, "tokens": 0, "global_batch_size": 1}
+            sums = checksums(checkpoints)
+            checkpoints.save(number, state, last=False)
+            during = [made.step() for _ in range(steps)]
+            began = time.perf_counter()
+            checkpoints.wait()
+            waited = time.perf_counter() - began
+            (saved,) = checkpoints.done()
+            pauses: list[Any] = [None] * world
+            dist.all_gather_object(pauses, saved.pause_seconds)
+            say(what="save", asynchronous=asynchronous, pause_seconds=max(pauses), pause_of_step=max(pauses) / plain, seconds=saved.seconds,
+                bytes=saved.bytes, gib_per_second=saved.bytes / saved.seconds / 2**30, step_seconds_during=statistics.median(during),
+                waited_after=waited, peak_gib=peak(device), error=saved.error, notes=saved.notes)  # fmt: skip
+        del checkpoints
+    for settings in (first, second):
+        made = None  # type: ignore[assignment]
+        if gpu:
+            torch.cuda.empty_cache()
+        made = Rank(settings, device)
+        checkpoints = made.checkpoints(out, True)
+        began = time.perf_counter()
+        found, skipped = checkpoints.newest()
+        verified = time.perf_counter()
+        assert found is not None, skipped
+        checkpoints.restore(found)
+        if gpu:
+            torch.cuda.synchronize()
+        ended = time.perf_counter()
+        equal = all(torch.equal(one, other) for one, other in zip(sums, checksums(checkpoints), strict=True))
+        say(what="load", layout=made.config.parallelism.layout, seconds=ended - began, verify_seconds=verified - began,
+            read_seconds=ended - verified, equal=equal)  # fmt: skip
+        del checkpoints
+    dist.destroy_process_group()
+
+
+def checksums(checkpoints: Checkpoints) -> list[torch.Tensor]:
+    """Of every whole tensor a number that its bytes give, the same in any layout (sums of integers are exact in any order)."""
+    sums = []
+    for tensor in checkpoints._tensors(with_rng=False).values():
+        part = local(tensor).contiguous()
+        number = part.reshape(-1).view(torch.int32 if part.element_size() == 4 else torch.int16).sum(dtype=torch.int64)
+        replicas, number = dist.get_world_size(), number.cpu()
+        if isinstance(tensor, DTensor):  # its mesh may be that of a part of the world
+            for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+                replicas //= size if not placement.is_replicate() else 1
+        dist.all_reduce(number, group=checkpoints._group)
+        sums.append(number // replicas)
+    return sums
+
+
+def peak(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def main() -> None:
+    own = {"out": "", "other": "", "saves": "3", "steps": "5"}
+    options, overrides = dict(own), []
+    for each in sys.argv[1:]:
+        key, _, value = each.partition("=")
+        if key in own:
+            options[key] = value
+        else:
+            overrides.append(each)
+    if not options["out"]:
+        sys.exit("error: out=<directory> is missing: where the checkpoints go")
+    first = composed(overrides)
+    second = composed([*overrides, f"parallelism={options['other']}"] if options["other"] else overrides)
+    world = first["parallelism"]["tp"] * first["parallelism"]["dp"]
+    if second["parallelism"]["tp"] * second["parallelism"]["dp"] != world:
+        sys.exit("error: other: must have as many workers as parallelism")
+    gpu = torch.cuda.device_count() >= world
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shutil.rmtree(Path(options["out"], "checkpoints"), ignore_errors=True)
+    try:
+        mp.spawn(measure, (world, port, gpu, options, first, second), nprocs=world)
+    finally:
+        shutil.rmtree(Path(options["out"], "checkpoints"), ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
