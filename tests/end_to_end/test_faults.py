@@ -67,7 +67,7 @@ def test_a_worker_that_is_killed_in_a_step_and_in_a_save_and_an_exception(launch
     assert summary["restarts"] == 3 and len(summary["failures"]) == 3, ended
     assert "ArithmeticError" in summary["failures"][2] and "ArithmeticError" not in summary["failures"][0]
     assert len(summary["detection_seconds"]) == len(summary["restart_seconds"]) == 3
-    assert all(seconds < 30 for seconds in summary["restart_seconds"]), summary
+    assert all(0 < seconds < 100 for seconds in summary["restart_seconds"]), summary  # on 2 idle cores about 9
     done = len([row for row in rows_of(run) if "loss" in row])
     assert summary["steps_lost"] == done - STEPS and 0 < summary["goodput"] < 1
     assert "workers restarted: going on from step 4" in ended.out and not launcher.processes()
@@ -84,7 +84,7 @@ def test_a_step_that_always_crashes(launcher: Launcher) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
 def test_a_driver_that_is_told_to_stop(number: signal.Signals, code: int, launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
     """It saves within one step, and the same command goes on from there."""
-    running, run = started(launcher, 5, slow=1)
+    running, run = started(launcher, 5, slow=0.5)
     done = max(steps_of(run))
     (os.killpg if number == signal.SIGINT else os.kill)(running.pid, number)  # a terminal sends it to Ray's servers too
     ended = running.wait(60)
@@ -101,7 +101,7 @@ def test_a_driver_that_is_told_to_stop(number: signal.Signals, code: int, launch
 
 
 def test_a_second_signal_ends_it_at_once(launcher: Launcher) -> None:
-    running, run = started(launcher, 2, slow=20)
+    running, run = started(launcher, 1, slow=10)
     os.kill(running.pid, signal.SIGTERM)
     launcher.until(lambda: "stopping" in Path(f"/proc/{running.pid}/fd/1").read_text(), 10, running)
     began = time.monotonic()
@@ -141,7 +141,7 @@ def test_a_rank_that_hangs(launcher: Launcher, clean: dict[int, dict[str, Any]])
     run = launcher.storage / "run"
     summary = same(run, clean)
     assert summary["restarts"] == 1 and summary["failures"][0].startswith("hung at step 5: no sign of life for 8 s"), summary
-    assert 8 < summary["detection_seconds"][0] < 30
+    assert 8 < summary["detection_seconds"][0] < 40
     stacks = {path.name.rpartition("-")[2]: path.read_text() for path in (run / "stacks").iterdir()}
     assert sorted(stacks) == ["rank0.txt", "rank1.txt"] and "train_step" in stacks["rank0.txt"] and "sitecustomize" in stacks["rank1.txt"]
 
