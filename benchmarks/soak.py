@@ -60,8 +60,8 @@ class Soak:
     def step(self) -> int:
         return max((row["step"] for row in self.rows()), default=0)
 
-    def until_step(self, step: int) -> float:
-        """Seconds until that step is done. Raises SystemExit where the command ends before, or it takes too long."""
+    def until_step(self, step: int) -> None:
+        """Wait until that step is done. Raises SystemExit where the command ends before, or it takes too long."""
         began = time.monotonic()
         while self.step() < step:
             if self.process.poll() is not None:
@@ -69,7 +69,6 @@ class Soak:
             if time.monotonic() - began > PATIENCE:
                 sys.exit(f"step {step} not done within {PATIENCE} s; see {self.log}")
             time.sleep(0.2)
-        return time.monotonic() - began
 
     def workers(self) -> list[int]:
         """Of this command's Ray: they write their logs below its directory."""
@@ -93,16 +92,24 @@ class Soak:
         if self.process.wait(PATIENCE) != code:
             sys.exit(f"the command ended with {self.process.returncode}, not {code}; see {self.log}")
 
-    def fault(self, kind: str, choose: random.Random) -> None:
-        """Do it, and give the command again where it is gone."""
+    def fault(self, kind: str, choose: random.Random) -> float:
+        """Do it, and give the command again where it is gone. Seconds until five steps are done by new workers."""
+        if "save" in kind:
+            self.saving()
+        old, began = set(self.workers()), time.monotonic()
+        self.strike(kind, choose)
+        while old & set(self.workers()) and time.monotonic() - began < PATIENCE:  # some live on for a while, and train
+            time.sleep(0.2)
+        self.until_step(self.step() + 5)
+        return time.monotonic() - began
+
+    def strike(self, kind: str, choose: random.Random) -> None:
         if kind.startswith("driver"):
             number = signal.SIGKILL if "killed" in kind else signal.SIGTERM
             os.kill(self.process.pid, number)
             self.ended(-number if number == signal.SIGKILL else 128 + number)
             self.start()
             return
-        if "save" in kind:
-            self.saving()
         number = signal.SIGKILL if "killed" in kind else signal.SIGTERM if "leave" in kind else signal.SIGSTOP
         os.kill(choose.choice(self.workers()), number)
 
@@ -134,8 +141,7 @@ def main() -> int:
             time.sleep(max(0.0, due - (time.monotonic() - began)))
             kinds = kinds or choose.sample(KINDS, len(KINDS))  # each kind once before any comes again
             kind, at = kinds.pop(), soak.step()
-            soak.fault(kind, choose)
-            seconds = soak.until_step(soak.step() + 5)
+            seconds = soak.fault(kind, choose)
             faults.append({"kind": kind, "at_step": at, "five_steps_later_after": round(seconds, 1)})
             print(f"{time.monotonic() - began:6.0f} s  {kind} at step {at}: five steps on after {seconds:.1f} s", flush=True)
         time.sleep(max(0.0, given.minutes * 60 - (time.monotonic() - began)))

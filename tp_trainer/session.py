@@ -80,7 +80,7 @@ class Watch:
         self.rank, self.seconds, self.progress = node.rank, config.cluster.hang_seconds, progress
         self.alarm = Alarm(self.seconds, stacks_file(config.run_dir, launch, node.rank))
         self.trained = self.evaluated = False  # whether the first step and the first pass of an evaluation are done
-        self.told = 0.0
+        self.told, self.times = 0.0, 0.0  # what the driver was told last: when, and how long it may wait
         context = ray.get_runtime_context()
         progress.push.remote({"worker": node.rank, "node": context.get_node_id(), "pid": os.getpid()})
         self.alive()
@@ -89,8 +89,8 @@ class Watch:
         """Something has gone on; `times` the set time is allowed until the next sign."""
         times = times if self.trained else START
         self.alarm.alive(times)
-        if self.rank == 0 and (times != 1 or time.monotonic() - self.told > 1):
-            self.told = time.monotonic()
+        if self.rank == 0 and (times != self.times or time.monotonic() - self.told > 1):
+            self.told, self.times = time.monotonic(), times
             self.progress.push.remote({"alive": None if self.seconds is None else times * self.seconds})
 
     def forward(self, module: torch.nn.Module, *_: object) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +67,7 @@ def test_a_worker_that_is_killed_in_a_step_and_in_a_save_and_an_exception(launch
     assert summary["restarts"] == 3 and len(summary["failures"]) == 3, ended
     assert "ArithmeticError" in summary["failures"][2] and "ArithmeticError" not in summary["failures"][0]
     assert len(summary["detection_seconds"]) == len(summary["restart_seconds"]) == 3
-    assert all(seconds < 30 for seconds in summary["restart_seconds"]), summary
+    assert all(0 < seconds < 100 for seconds in summary["restart_seconds"]), summary  # on 2 idle cores about 9
     done = len([row for row in rows_of(run) if "loss" in row])
     assert summary["steps_lost"] == done - STEPS and 0 < summary["goodput"] < 1
     assert "workers restarted: going on from step 4" in ended.out and not launcher.processes()
@@ -79,7 +84,7 @@ def test_a_step_that_always_crashes(launcher: Launcher) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
 def test_a_driver_that_is_told_to_stop(number: signal.Signals, code: int, launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
     """It saves within one step, and the same command goes on from there."""
-    running, run = started(launcher, 5, slow=1)
+    running, run = started(launcher, 5, slow=0.5)
     done = max(steps_of(run))
     (os.killpg if number == signal.SIGINT else os.kill)(running.pid, number)  # a terminal sends it to Ray's servers too
     ended = running.wait(60)
@@ -96,7 +101,7 @@ def test_a_driver_that_is_told_to_stop(number: signal.Signals, code: int, launch
 
 
 def test_a_second_signal_ends_it_at_once(launcher: Launcher) -> None:
-    running, run = started(launcher, 2, slow=20)
+    running, run = started(launcher, 1, slow=10)
     os.kill(running.pid, signal.SIGTERM)
     launcher.until(lambda: "stopping" in Path(f"/proc/{running.pid}/fd/1").read_text(), 10, running)
     began = time.monotonic()
@@ -136,18 +141,95 @@ def test_a_rank_that_hangs(launcher: Launcher, clean: dict[int, dict[str, Any]])
     run = launcher.storage / "run"
     summary = same(run, clean)
     assert summary["restarts"] == 1 and summary["failures"][0].startswith("hung at step 5: no sign of life for 8 s"), summary
-    assert 8 < summary["detection_seconds"][0] < 30
+    assert 8 < summary["detection_seconds"][0] < 40
     stacks = {path.name.rpartition("-")[2]: path.read_text() for path in (run / "stacks").iterdir()}
     assert sorted(stacks) == ["rank0.txt", "rank1.txt"] and "train_step" in stacks["rank0.txt"] and "sitecustomize" in stacks["rank1.txt"]
 
 
-def test_a_rank_that_is_stopped(launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
-    """SIGSTOP: it hears no alarm, and Ray can't end it."""
+@pytest.mark.parametrize("ranks", [1, 2], ids=["one", "all"])
+def test_ranks_that_are_stopped(ranks: int, launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
+    """SIGSTOP: they hear no alarm, and Ray can't end them. Of one, its peer's alarm goes off; of all, the driver must do it."""
     running, run = started(launcher, 5, "cluster.hang_seconds=8", "cluster.max_failures=1", slow=1)
-    stopped = launcher.workers()[1]
-    os.kill(stopped, signal.SIGSTOP)
+    for pid in launcher.workers()[-ranks:]:
+        os.kill(pid, signal.SIGSTOP)
     ended = running.wait()
     assert ended.code == 0, ended
     summary = same(run, clean)
     assert summary["restarts"] == 1 and "hung at step" in summary["failures"][0], summary
     assert not launcher.processes()
+
+
+def test_a_killed_driver_and_the_same_command_at_once(launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
+    """The workers of the killed one live for some seconds more. Meanwhile a third command of that name is sent away."""
+    running, run = started(launcher, 6, slow=0.5)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    again = launcher.start(*SMALL)
+    launcher.until(lambda: "taking over from process" in Path(f"/proc/{again.pid}/fd/1").read_text(), 60, again)
+    third = launcher.run(*SMALL)
+    assert third.code == 2 and third.err.count("\n") == 1 and third.cpu_seconds < 5, third
+    assert third.err.startswith(f"error: experiment_name=run: is being trained by process {again.pid} on {os.uname().nodename}, since 2")
+    ended = again.wait()
+    assert ended.code == 0 and f"taking over from process {running.pid}" in ended.out, ended
+    assert re.search("resumed from step [48]", ended.out), ended  # the workers may still have saved step 8
+    same(run, clean)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("may not mount a file system of its own")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk(launcher: Launcher, clean: dict[int, dict[str, Any]], small_disk: Path) -> None:
+    """The run fails and says why; once there is room it goes on."""
+    storage = small_disk / "runs"
+    command = (*SMALL, f"checkpoint.storage_path={storage}", "cluster.max_failures=1")
+    running = launcher.start(*command, orders={"slow": 0.5})
+    launcher.until(lambda: 5 in steps_of(storage / "run"), running=running)
+    with suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
+        while True:
+            filler.write(b"x" * 4096)
+    ended = running.wait()
+    assert ended.code == 1 and ended.err.count("\n") == 1 and "No space left" in ended.err, ended
+    assert not launcher.processes()
+    (small_disk / "filler").unlink()
+    ended = launcher.run(*command)
+    assert ended.code == 0 and "resumed from step 4" in ended.out, ended
+    same(storage / "run", clean)
+
+
+def test_a_node_that_is_lost(launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
+    """Its raylet is killed while the run trains there; another node has come by then."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{one.getsockname()[1]}"
+    launcher.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "of-this-test"}
+    base = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
+    where = ["--include-dashboard=false", f"--temp-dir={launcher.ray_dir}/ray", f"--port={address.rpartition(':')[2]}"]
+
+    def raylets() -> int:
+        return sum("/raylet " in title for title in launcher.processes().values())
+
+    def node(*arguments: str) -> Running:
+        count = raylets()
+        started = launcher.execute([*base, *arguments], launcher.env | launcher.hook_env)
+        launcher.until(lambda: raylets() > count and "--block" in Path(f"/proc/{started.pid}/fd/1").read_text(), 60, started)
+        return started
+
+    launcher.orders.write_text("{}")
+    node("--head", "--num-cpus=0", *where)
+    lost = node(f"--address={address}", "--num-cpus=2")
+    running, run = started(launcher, 5, "cluster=ray", f"cluster.address={address}", "cluster.wait_seconds=60", slow=1)
+    assert len(launcher.workers()) == 2
+    node(f"--address={address}", "--num-cpus=2")
+    (raylet,) = [pid for pid, title in launcher.processes().items()
+                 if "/raylet " in title and f"PPid:\t{lost.pid}\n" in Path(f"/proc/{pid}/status").read_text()]  # fmt: skip
+    os.kill(raylet, signal.SIGKILL)
+    ended = running.wait()
+    assert ended.code == 0 and "workers restarted: going on from step" in ended.out, ended
+    assert same(run, clean)["restarts"] >= 1

@@ -33,7 +33,10 @@ def failure(error: Exception, store: Store) -> str:
     """One line about why the workers failed; the traces go to failure.txt in the run's directory."""
     failures = _of_workers(error)
     traces = {rank: "\n".join(getattr(each, "__notes__", [])) or f"{type(each).__name__}: {each}" for rank, each in failures.items()}
-    store.write_text("failure.txt", "\n\n".join(f"rank {rank}:\n{traces[rank]}" for rank in sorted(traces)) + f"\n\n{error}\n")
+    try:
+        store.write_text("failure.txt", "\n\n".join(f"rank {rank}:\n{traces[rank]}" for rank in sorted(traces)) + f"\n\n{error}\n")
+    except OSError as unwritten:  # the failure may be a full disk
+        return f"{reason(error)} (failure.txt can't be written: {unwritten})"
     return f"{reason(error)} (all of it in {store.run_dir}/failure.txt)"
 
 

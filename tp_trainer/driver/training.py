@@ -76,7 +76,11 @@ def _fit(config: Config, tokenizer: str, owner: Owner, began: float, store: Stor
         "run_length": {name: getattr(config.train, name) for name in RUN_LENGTH},
     }  # fmt: skip
     if not owner.lost.is_set():
-        store.write_json("summary.json", summary)
+        try:
+            store.write_json("summary.json", summary)
+        except OSError as error:
+            if not failed:
+                raise RunFailed(f"the run has ended ({status}), but its summary.json can't be written: {error}") from error
     if failed:
         raise RunFailed(failed)
     if status == "stopped":

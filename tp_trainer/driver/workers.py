@@ -77,7 +77,8 @@ class Group:
         task = ray.remote(num_cpus=0, max_retries=0)(_kill)
         done = [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(pids)
                 for node, pids in self.pids.items()]  # fmt: skip
-        ray.wait(done, num_returns=len(done), timeout=20)
+        if done:
+            ray.wait(done, num_returns=len(done), timeout=20)
         self.pids.clear()
 
 
