@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tp_trainer.config import Config, ConfigError
-from tp_trainer.tracker import Composite, Guarded, MetricsFile, build_tracker, check_tracker
+from tp_trainer.tracker import Composite, Guarded, MetricsFile, build_tracker, check_tracker, record_summary
 
 
 def make_config(kind: str, **tracker: Any) -> Config:
@@ -107,12 +107,15 @@ def test_tensorboard(tmp_path: Path) -> None:
     tracker.log({"step": 1, "loss": 4.25, "mfu": None}, 1)
     tracker.log({"step": 2, "loss": 4.0, "mfu": None}, 2)
     tracker.log({"step": 2, "validation_loss": 4.5}, 2)
-    tracker.summary({"status": "done"})
     tracker.close()
+    config = make_config("tensorboard")
+    config.checkpoint.storage_path, config.experiment_name = str(tmp_path.parent), tmp_path.name
+    record_summary(config, {"goodput": 0.5})
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "validation_loss"}
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 4.25), (2, 4.0)]
+    assert any(b'"goodput": 0.5' in file.read_bytes() for file in (tmp_path / "tensorboard").iterdir())
 
 
 def test_wandb_resumes_by_name_and_never_sees_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,14 +138,17 @@ def test_wandb_resumes_by_name_and_never_sees_the_environment(tmp_path: Path, mo
     fake_package(monkeypatch, "wandb", init=Run)
     tracker = build_tracker(make_config("wandb", project="moby"), str(tmp_path))
     tracker.log({"loss": 3.0, "mfu": None}, 4)
-    tracker.summary({"steps": 4})
     tracker.close()
     (run,) = runs
     assert run.arguments | {"config": None, "dir": None} == {
         "project": "moby", "id": "tiny-run", "name": "tiny-run", "resume": "allow", "config": None, "dir": None,
     }  # fmt: skip
     assert "hunter2" not in repr(run.arguments)
-    assert (run.rows, run.summary, run.finished) == ([{"loss": 3.0, "step": 4}], {"steps": 4}, True)
+    assert (run.rows, run.summary, run.finished) == ([{"loss": 3.0, "step": 4}], {}, True)
+    config = make_config("wandb", project="moby")
+    config.checkpoint.storage_path = str(tmp_path)
+    record_summary(config, {"steps": 4})
+    assert runs[1].arguments["id"] == "tiny-run" and runs[1].summary == {"steps": 4} and runs[1].finished
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 4, "loss": 3.0, "mfu": None}]
 
 
@@ -203,7 +209,6 @@ def test_a_failing_service_is_left_out_with_one_warning(where: str, tmp_path: Pa
         for step in range(3):
             tracker.log({"loss": 1.0}, step)
             tracker.flush()
-        tracker.summary({})
         tracker.close()
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
     (warning,) = caplog.messages

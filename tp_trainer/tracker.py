@@ -12,6 +12,7 @@ import logging
 import math
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -35,9 +36,6 @@ class Tracker(Protocol):
     def flush(self) -> None:
         """Bring what was logged to where it outlives this machine. Called at checkpoints and evaluations."""
 
-    def summary(self, values: dict[str, Any]) -> None:
-        """Record the numbers of the whole run, once, at its end."""
-
     def close(self) -> None:
         """Flush and let go. Nothing is logged after it."""
 
@@ -57,12 +55,27 @@ def build_tracker(config: Config, run_dir: str) -> Tracker:
         OSError: metrics.jsonl can't be written.
     """
     check_tracker(config)
-    metrics = MetricsFile(run_dir)
-    backends: dict[str, Callable[[Config, str], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-    if config.tracker.kind == "none":
-        return Composite(metrics)
-    build = backends[config.tracker.kind]
-    return Composite(metrics, Guarded(config.tracker.kind, lambda: build(config, run_dir)))
+    return Composite(MetricsFile(run_dir), *_service(config, run_dir))
+
+
+def record_summary(config: Config, values: dict[str, Any]) -> None:
+    """Add the contents of summary.json to the configured tracker, once no rank has it open any more."""
+    for service in _service(config, config.run_dir):
+        service.summary(values)
+        service.close()
+
+
+class Service(Tracker, Protocol):
+    """A tracker that shows the run as a whole as well."""
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Record the contents of summary.json, once, at the end of the run."""
+
+
+def _service(config: Config, run_dir: str) -> list[Guarded]:
+    backends: dict[str, Callable[[Config, str], Service]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+    build = backends.get(config.tracker.kind)
+    return [Guarded(config.tracker.kind, lambda: build(config, run_dir))] if build is not None else []
 
 
 class Composite:
@@ -79,10 +92,6 @@ class Composite:
         for each in self.trackers:
             each.flush()
 
-    def summary(self, values: dict[str, Any]) -> None:
-        for each in self.trackers:
-            each.summary(values)
-
     def close(self) -> None:
         for each in self.trackers:
             each.close()
@@ -91,9 +100,9 @@ class Composite:
 class Guarded:
     """A tracker that may fail: at its first error it says so, once, and is left out from then on."""
 
-    def __init__(self, name: str, build: Callable[[], Tracker]) -> None:
+    def __init__(self, name: str, build: Callable[[], Service]) -> None:
         self.name = name
-        self.tracker: Tracker | None = None
+        self.tracker: Service | None = None
         self._try("start", lambda: setattr(self, "tracker", build()))
 
     def _try(self, what: str, action: Callable[[], None]) -> None:
@@ -180,9 +189,6 @@ class MetricsFile:
         # Rows since the last checkpoint needn't reach remote storage: a run that dies does those steps again.
         self.folder.upload()
 
-    def summary(self, values: dict[str, Any]) -> None:
-        """Nothing: the driver writes summary.json."""
-
     def close(self) -> None:
         self.file.close()
         self.folder.upload()
@@ -196,7 +202,8 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         self.folder = Folder(run_dir, "tensorboard")
-        self.writer = SummaryWriter(str(self.folder.local))
+        # files are named by the second: another one's of the same second must stay
+        self.writer = SummaryWriter(str(self.folder.local), filename_suffix=f".{uuid.uuid4().hex[:8]}")
 
     def log(self, row: Row, step: int) -> None:
         for key, value in _numbers(row).items():

@@ -13,6 +13,7 @@ from tp_trainer.driver.followed import Followed
 from tp_trainer.driver.preflight import finished, prepare, set_aside
 from tp_trainer.driver.ray_cluster import Signals, check_capacity, started
 from tp_trainer.driver.workers import Group, fit
+from tp_trainer.tracker import record_summary
 from tp_trainer.view import View, summary_lines
 from tp_trainer.watch import stacks_file
 
@@ -81,6 +82,7 @@ def _fit(config: Config, tokenizer: str, owner: Owner, began: float, store: Stor
         except OSError as error:
             if not failed:
                 raise RunFailed(f"the run has ended ({status}), but its summary.json can't be written: {error}") from error
+        record_summary(config, summary)
     if failed:
         raise RunFailed(failed)
     if status == "stopped":
