@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tp_trainer.checkpoint import snapshot, state, store
-from tp_trainer.checkpoint.files import local
+from tp_trainer.checkpoint.files import layout, local
 from tp_trainer.checkpoint.snapshot import Snapshots
 from tp_trainer.checkpoint.state import Checkpoints, SaveFailed
 from tp_trainer.checkpoint.store import Found, Sink, Store, _checksum, _render
@@ -348,6 +348,41 @@ def test_a_rank_that_fails_to_save_is_everybodys(ranks: RankPool, tmp_path: Path
         assert raised == (f"checkpoint of step 2 failed: {error}" if last else None), "the last save of a run must count"
         assert names == ["step_00000001"], "what was written is gone again"
         assert after == f"{run_dir}/step_00000003"
+
+
+def save_once_lost(run_dir: str) -> tuple[str | None, list[str]]:
+    owned = [True]
+    run = Run(run_dir, permitted=lambda: owned[0])
+    run.step()
+    run.save(1)
+    owned[0] = False
+    try:
+        run.save(2)
+    except SaveFailed as error:
+        return str(error), sorted(each.name for each in Path(run_dir).iterdir())
+    return None, []
+
+
+def test_who_lost_the_directory_publishes_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    for error, names in ranks.run(2, save_once_lost, str(tmp_path)):
+        assert error is not None and "belongs to another process now" in error
+        assert names == ["step_00000001"]
+
+
+def plans_in_a_save(run_dir: str, prepared: bool) -> int:
+    run, planned = Run(run_dir), []
+    run.step()
+    if prepared:
+        run.saves.prepare()
+    with mock.patch.object(state, "layout", lambda plans: (planned.append(1), layout(plans))[1]):
+        for step in (1, 2):
+            run.save(step)
+    return len(planned)
+
+
+def test_the_plan_is_made_once_and_may_be_made_ahead(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, plans_in_a_save, str(tmp_path / "one"), False) == [1, 1]
+    assert ranks.run(2, plans_in_a_save, str(tmp_path / "two"), True) == [0, 0]
 
 
 def save_not_finite(run_dir: str) -> tuple[str | None, str | None]:
