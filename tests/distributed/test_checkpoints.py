@@ -359,6 +359,7 @@ def save_once_lost(run_dir: str) -> tuple[str | None, list[str]]:
     try:
         run.save(2)
     except SaveFailed as error:
+        dist.barrier()  # rank 0 has cleared up
         return str(error), sorted(each.name for each in Path(run_dir).iterdir())
     return None, []
 
@@ -370,14 +371,14 @@ def test_who_lost_the_directory_publishes_nothing(ranks: RankPool, tmp_path: Pat
 
 
 def plans_in_a_save(run_dir: str, prepared: bool) -> int:
-    run, planned = Run(run_dir), []
+    run = Run(run_dir)
     run.step()
     if prepared:
         run.saves.prepare()
-    with mock.patch.object(state, "layout", lambda plans: (planned.append(1), layout(plans))[1]):
+    with mock.patch.object(state, "layout", wraps=layout) as planned:
         for step in (1, 2):
             run.save(step)
-    return len(planned)
+    return planned.call_count
 
 
 def test_the_plan_is_made_once_and_may_be_made_ahead(ranks: RankPool, tmp_path: Path) -> None:
