@@ -88,8 +88,8 @@ class Soak:
     def entries(self) -> set[str]:
         return {path.name for path in self.run.iterdir() if "step_" in path.name}
 
-    def ended(self, code: int) -> None:
-        if self.process.wait(PATIENCE) != code:
+    def ended(self, code: int, patience: float = PATIENCE) -> None:
+        if self.process.wait(patience) != code:
             sys.exit(f"the command ended with {self.process.returncode}, not {code}; see {self.log}")
 
     def fault(self, kind: str, choose: random.Random) -> float:
@@ -152,7 +152,7 @@ def main() -> int:
         last = {row["step"]: row for row in rows}
         clean = Soak(storage, "clean", [*given.overrides, f"train.max_steps={len(last)}"])
         clean.start()
-        clean.ended(0)
+        clean.ended(0, PATIENCE + wall)
         expected = {row["step"]: row["loss"] for row in clean.rows()}
         differing = [step for step in sorted(expected) if last[step]["loss"] != expected[step]]
         result = {
