@@ -22,7 +22,8 @@ EVALUATION_FIELDS = ["step", "validation_loss"]
 SAVE_FIELDS = ["step", "checkpoint_pause_seconds", "checkpoint_seconds", "checkpoint_bytes"]
 SUMMARY_FIELDS = [
     "status", "steps", "tokens", "loss", "validation_loss", "unigram_loss", "wall_seconds", "startup_seconds", "tokens_per_second",
-    "restarts", "resumed_from", "skipped_checkpoints", "checkpoint", "skipped_steps", "world", "mesh",
+    "restarts", "resumed_from", "skipped_checkpoints", "checkpoint", "world", "mesh",
+    "skipped_steps", "failed_saves",
 ]  # fmt: skip
 
 
