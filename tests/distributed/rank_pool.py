@@ -38,7 +38,7 @@ class RankPool:
         self.pipes: list[Connection] = []
         self.cases = 0
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
         """The results of `function(*args)` on the first `world` ranks, with a fresh default process group of them.
 
         Args:
