@@ -31,10 +31,14 @@ def graphs(settings: dict[str, Any]) -> tuple[int, int, list[tuple[float, float]
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), steps
 
 
-@pytest.mark.parametrize("family", ["qwen2", "phi3", "one_kv_head", "olmo2", "qwen3"])
+BOTH = {"tp": 2, "dp": 2}
+
+
 @pytest.mark.parametrize(
-    "parallelism", [{"tp": 2, "dp": 2}, {"tp": 1, "dp": 2}, {"tp": 2, "dp": 1, "activation_checkpointing": "selective"}]
-)
+    ("family", "parallelism"),
+    [("qwen2", BOTH), ("qwen2", {"tp": 1, "dp": 2}), ("qwen2", {"tp": 2, "dp": 1, "activation_checkpointing": "selective"}),
+     ("phi3", BOTH), ("one_kv_head", BOTH), ("olmo2", BOTH), ("qwen3", BOTH)],
+)  # fmt: skip
 def test_one_graph_serves_all_layers(ranks: RankPool, family: str, parallelism: dict[str, Any]) -> None:
     def of(layers: int, compiled: bool) -> tuple[int, int, list[tuple[float, float]]]:
         architecture = {**FAMILIES[family], "num_hidden_layers": layers}
