@@ -24,10 +24,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
-from tp_trainer.checkpoint.snapshot import free_host_memory
 from tp_trainer.checkpoint.state import Checkpoints, local
 from tp_trainer.config import load
 from tp_trainer.data import Cursor, open_data
+from tp_trainer.host import free_host_memory
 from tp_trainer.loop import train_step
 from tp_trainer.models.build import build_model
 from tp_trainer.optim import build_optimizer

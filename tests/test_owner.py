@@ -43,6 +43,15 @@ def refused(store: Store) -> str:
     return str(raised.value)
 
 
+def taken_over(store: Store) -> str:
+    """What is said of the dead owner that a new one follows."""
+    mine = Owner(store, "new")
+    mine.claim("experiment_name", "a")
+    mine.release()
+    assert mine.taken_over is not None
+    return mine.taken_over
+
+
 def test_a_claim_and_its_release(store: Store) -> None:
     first = Owner(store, "first")
     assert not owned_by(store, "first")
@@ -67,18 +76,13 @@ def test_a_killed_owner_is_followed(store: Store) -> None:
     child.kill()
     while module._started(child.pid) is not None:  # from now on a zombie: its parent, this process, hasn't asked for it
         time.sleep(0.01)
-    mine = Owner(store, "new")
-    mine.claim("experiment_name", "a")
-    assert mine.taken_over is not None and f"process {child.pid}" in mine.taken_over
-    mine.release()
+    assert f"process {child.pid}" in taken_over(store)
     child.wait()
 
 
 def test_a_process_number_that_was_given_anew(store: Store) -> None:
     left(store, started="1")
-    mine = Owner(store, "new")
-    mine.claim("experiment_name", "a")
-    mine.release()
+    assert taken_over(store)
 
 
 def test_an_owner_on_another_machine(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +92,7 @@ def test_an_owner_on_another_machine(store: Store, monkeypatch: pytest.MonkeyPat
     left(store, **far)
     assert "process 1 on far" in refused(store)
     left(store, **far, heartbeat=time.time() - 61)
-    mine = Owner(store, "new")
-    mine.claim("experiment_name", "a")
-    mine.release()
+    assert "process 1 on far" in taken_over(store)
 
 
 def test_another_machine_whose_clock_is_slow(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

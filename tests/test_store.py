@@ -308,14 +308,6 @@ def test_the_manifest_goes_first(disk: Store, monkeypatch: pytest.MonkeyPatch) -
     assert path.exists() and not (path / "manifest.json").exists() and warnings == ["step_00000010 can't be removed (busy)"]
 
 
-def test_newest_of_one_launch(store: Store) -> None:
-    save(store, 1, launch="a")
-    save(store, 2, launch="a")
-    save(store, 3, launch="b")
-    assert [found.step for found, _ in (store.newest(), store.newest("a"), store.newest("b")) if found] == [3, 2, 3]
-    assert store.newest("c") == (None, [])
-
-
 def test_a_checkpoint_by_its_path(store: Store) -> None:
     path = save(store, 8)
     found = at(f"{path}/")

@@ -126,7 +126,7 @@ def report_skipped(skipped: list[tuple[int, int, int]], train: Train, hooks: Hoo
     for step, count, in_a_row in skipped:
         hooks.log({"step": step, "skipped_steps": count})
         if train.max_skipped_steps is not None and in_a_row >= train.max_skipped_steps:
-            raise Diverged(f"step {step} is the {in_a_row}th in a row whose loss or gradient norm is no number (or a spike); "
+            raise Diverged(f"step {step}: loss or gradient norm is no number (or a spike), {in_a_row} steps in a row; "
                            "give a lower optim.lr or more optim.warmup_steps, or resume from an earlier checkpoint")  # fmt: skip
 
 

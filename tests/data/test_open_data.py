@@ -119,6 +119,6 @@ def test_identity_is_that_of_the_tokens(tmp_path) -> None:
     words = [f"the whale number {number} came up\n" for number in range(2000)]
     assert of("one", "".join(words)) == of("two", "".join(words)), "wherever it lies"
     swapped = [*words[:300], words[301], words[300], *words[302:]]
-    assert len({of("one", "".join(words)), of("three", "".join(swapped)), of("four", "".join(words[1:]))}) > 1
-    assert of("five", "".join(words[1:])) != of("one", "".join(words))
+    # the same words in another order, and one line less
+    assert len({of("one", "".join(words)), of("three", "".join(swapped)), of("four", "".join(words[1:]))}) == 3
     assert stream(config(tmp_path, data={"source": "random"})).train.identity == "random"

@@ -350,6 +350,18 @@ def test_a_rank_that_fails_to_save_is_everybodys(ranks: RankPool, tmp_path: Path
         assert after == f"{run_dir}/step_00000003"
 
 
+def newest_of_launches(run_dir: str) -> list[int | None]:
+    run = Run(run_dir, keep_last=9)
+    for step, launch in enumerate("aab", 1):
+        run.step()
+        run.saves.save(step, {**state_of(step), "launch": launch})
+    return [found.step if found else None for found, _ in map(run.saves.newest, (None, "a", "b", "c"))]
+
+
+def test_newest_of_one_launch(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, newest_of_launches, str(tmp_path)) == [[3, 2, 3, None]] * 2
+
+
 def save_once_lost(run_dir: str) -> tuple[str | None, list[str]]:
     owned = [True]
     run = Run(run_dir, permitted=lambda: owned[0])

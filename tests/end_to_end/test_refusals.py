@@ -105,7 +105,7 @@ def test_gpus_but_too_few(launch: Call, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_model_that_does_not_fit_the_memory(launch: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "_free_memory", lambda: 64 * 2**30)
+    monkeypatch.setattr(preflight, "free_host_memory", lambda: 64 * 2**30)
     refused(launch("model=qwen2_7b", "model.weights=random"), "model.name=Qwen/Qwen2-7B: training on CPU needs about 113 GiB",
             "64 GiB are free")  # fmt: skip
 

@@ -60,6 +60,8 @@ def test_what_a_run_leaves_behind(reference: Reference) -> None:
     assert 0 < summary["startup_seconds"] < summary["wall_seconds"] < reference.ended.seconds
     assert (summary["restarts"], summary["resumed_from"], summary["skipped_checkpoints"]) == (0, None, [])
     assert summary["checkpoint"] == str(run / "step_00000012")
+    assert any(b'"goodput"' in file.read_bytes() for file in (run / "tensorboard").iterdir()), "the tracker has the summary too"
+    assert re.fullmatch("[0-9a-f]{32}", json.loads((run / "step_00000012" / "state.json").read_text())["data"])
     assert (summary["world"], summary["mesh"]) == (4, {"dp": 2, "tp": 2})
 
 

@@ -113,7 +113,7 @@ class Owner:
 
     def _write(self) -> None:
         text = json.dumps({**self.record, "heartbeat": time.time()}, indent=2) + "\n"
-        if _is_local(self.store):  # not Store.write_text: its temporary name is every writer's
+        if self.store.local:  # not Store.write_text: its temporary name is every writer's
             target = Path(self.store.root, OWNER)
             part = target.with_name(f".owner-{self.launch}")
             part.write_text(text)
@@ -122,14 +122,10 @@ class Owner:
             self.store.write_text(OWNER, text)
 
 
-def _is_local(store: Store) -> bool:
-    return "file" in store.fs.protocol
-
-
 @contextmanager
 def _locked(store: Store) -> Iterator[bool]:
     """Alone among the processes that see this directory. Gives False where there is nothing to lock."""
-    if not _is_local(store):
+    if not store.local:
         yield False
         return
     os.makedirs(store.root, exist_ok=True)

@@ -6,9 +6,10 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
+
+from tp_trainer.host import free_host_memory
 
 ALIGNMENT = 64  # bytes; every dtype may be viewed there
 MARGIN_BYTES, MARGIN_PART = 2 << 30, 0.05  # of a device's memory that a copy leaves alone: whichever is more
@@ -105,21 +106,3 @@ class Snapshot:
 def ranks_here() -> int:
     """Ranks on this host; the world's where the launcher doesn't say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or torch.distributed.get_world_size())
-
-
-def free_host_memory() -> int | None:
-    """Bytes that could still be allocated here: the machine's, or the container's where that is less. None where neither says."""
-    known = []
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        known.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        group = Path("/sys/fs/cgroup")
-        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(pages["inactive_file"])  # page cache can go
-        known.append(int((group / "memory.max").read_text()) - used)  # `max` is no number: no limit
-    except (OSError, KeyError, ValueError):
-        pass
-    return min(known) if known else None

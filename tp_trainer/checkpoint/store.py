@@ -244,15 +244,14 @@ class Store:
             status = {each.name: each.stat(follow_symlinks=False) for each in entries}
         return {file: each.st_size if stat.S_ISREG(each.st_mode) else -1 for file, each in status.items()}
 
-    def newest(self, launch: str | None = None) -> tuple[Found | None, list[str]]:
-        """The newest checkpoint that counts (of this launch of the program, if given) and what was passed over: `name (why)`."""
+    def newest(self) -> tuple[Found | None, list[str]]:
+        """The newest checkpoint that counts and what was passed over: `name (why)`."""
         skipped: list[str] = []
         for name in reversed(self.step_names()):
             found = self.check(name)
-            if isinstance(found, str):
-                skipped.append(f"{name} ({found})")
-            elif launch is None or found.state.get("launch") == launch:
+            if isinstance(found, Found):
                 return found, skipped
+            skipped.append(f"{name} ({found})")
         return None, skipped
 
     def damage(self, found: Found, files: Iterable[str]) -> str | None:

@@ -1,9 +1,9 @@
 """Config -> Ray Train's TorchTrainer: checks, capacity, start, live view, summary; `run_jobs` for tasks. It knows Ray, but no torch."""
 
 from tp_trainer.driver.errors import RunFailed, failure
-from tp_trainer.driver.preflight import gpus_here, prepare
+from tp_trainer.driver.preflight import prepare
 from tp_trainer.driver.ray_cluster import run_jobs, started
 from tp_trainer.driver.training import train
 from tp_trainer.driver.workers import fit
 
-__all__ = ["RunFailed", "failure", "fit", "gpus_here", "prepare", "run_jobs", "started", "train"]
+__all__ = ["RunFailed", "failure", "fit", "prepare", "run_jobs", "started", "train"]

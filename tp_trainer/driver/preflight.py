@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-import shutil
-import subprocess
 import uuid
-from pathlib import Path
 from typing import Any
 
 from tp_trainer.checkpoint.owner import LOCK, OWNER
@@ -16,6 +13,7 @@ from tp_trainer.config import RUN_LENGTH, Config, ConfigError, architecture, che
 from tp_trainer.data.sources import absolute, check_source
 from tp_trainer.data.tokens import choose_tokenizer
 from tp_trainer.driver.ray_cluster import inside_ray_job
+from tp_trainer.host import free_host_memory, gpus_here
 from tp_trainer.tracker import check_tracker
 from tp_trainer.view import View
 
@@ -49,31 +47,11 @@ def _check_device(config: Config) -> None:
                           f"needs {world} GPUs, this machine has {gpus}; give a layout with tp x dp <= {gpus}, or cluster.device=cpu")
     config.cluster.device = "gpu" if gpus and asked != "cpu" else "cpu"
     if config.cluster.device == "cpu":
-        needed, free = 16 * architecture(config).num_parameters, _free_memory()
+        needed, free = 16 * architecture(config).num_parameters, free_host_memory()
         if free is not None and needed > free:
             raise ConfigError("model.name", config.model.name,
                               f"training on CPU needs about {needed / 2**30:.0f} GiB (16 bytes a parameter), "
                               f"{free / 2**30:.0f} GiB are free; give a smaller model, or a machine with GPUs")
-
-
-def gpus_here() -> int:
-    """The NVIDIA GPUs that this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([each for each in visible.split(",") if each.strip() not in ("", "-1")])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines()) if listing.returncode == 0 else 0
-
-
-def _free_memory() -> int | None:
-    """Bytes that could still be allocated here, swap left out; None where the system doesn't say."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def _open_store(config: Config) -> Store:
