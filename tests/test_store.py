@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tp_trainer.checkpoint.store import DRAFT, Entry, Found, Store, at
+from tp_trainer.checkpoint.manifest import Entry
+from tp_trainer.checkpoint.store import DRAFT, Found, Store, at
 
 SHARD = "00000_0000.distcp"
 
@@ -135,12 +136,12 @@ def test_every_bit_of_the_small_files_counts(store: Store) -> None:
 
 def forged(path: Path, change: Any) -> None:
     """A manifest with its checksum in order, of another content."""
-    from tp_trainer.checkpoint.store import _checksum, _render
+    from tp_trainer.checkpoint.manifest import checksum, render
 
     values = json.loads((path / "manifest.json").read_text())
     del values["checksum"]
     change(values)
-    (path / "manifest.json").write_bytes(_render({**values, "checksum": _checksum(values)}))
+    (path / "manifest.json").write_bytes(render({**values, "checksum": checksum(values)}))
 
 
 @pytest.mark.parametrize("name", ["../step_00000001/x", "/etc/passwd", "a/b", "..", ".", ".hidden", "", "a\\b", "a\0b", "ä"])

@@ -28,9 +28,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from tp_trainer.checkpoint import snapshot, state, store
 from tp_trainer.checkpoint.files import layout, local
+from tp_trainer.checkpoint.manifest import checksum, render
 from tp_trainer.checkpoint.snapshot import Snapshots
 from tp_trainer.checkpoint.state import Checkpoints, SaveFailed
-from tp_trainer.checkpoint.store import Found, Sink, Store, _checksum, _render
+from tp_trainer.checkpoint.store import Found, Sink, Store
 from tp_trainer.config import ConfigError
 
 CPU = torch.device("cpu")
@@ -168,7 +169,7 @@ def restore_forged(run_dir: str, forgeries: list[Any]) -> list[Any]:
             for key in keys[:-1]:
                 place = place[key]
             place[keys[-1]] = value
-            forge(path, {"metadata.json": _render(content)})
+            forge(path, {"metadata.json": render(content)})
         dist.barrier()
         answers.append(run.saves.newest()[1])
         dist.barrier()
@@ -184,7 +185,7 @@ def forge(path: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         (path / name).write_bytes(content)
         manifest["files"][name] = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
-    (path / "manifest.json").write_bytes(_render({**manifest, "checksum": _checksum(manifest)}))
+    (path / "manifest.json").write_bytes(render({**manifest, "checksum": checksum(manifest)}))
 
 
 def test_forged_metadata_is_damage(ranks: RankPool, tmp_path: Path) -> None:
@@ -310,7 +311,7 @@ FAULTS: dict[str, tuple[int, Callable[[], Any], str]] = {
     "listing": (0, broken(Store, "check", ConnectionError("no storage")), "rank 0: ConnectionError: no storage"),
     "rename": (0, broken(os, "rename", OSError("no rename")), "rank 0: OSError: no rename"),
     "fsync": (1, broken(os, "fsync", OSError("disk is gone")), "rank 1: OSError: disk is gone"),
-    "commit": (0, broken(store, "_render", MemoryError("no memory")), "rank 0: MemoryError: no memory"),
+    "commit": (0, broken(store, "render", MemoryError("no memory")), "rank 0: MemoryError: no memory"),
     "copy": (1, broken(Snapshots, "take", RuntimeError("out of memory")), "rank 1: RuntimeError: out of memory"),
 }
 """What goes wrong on which rank, and what all ranks are told."""

@@ -69,14 +69,17 @@ def test_a_step_that_is_no_number_changes_nothing_on_any_rank(ranks: RankPool, f
         assert result["saved"][-1].guard == {"skipped": 2, "in_a_row": 0, "recent": []}
 
 
+THREE = "step 6: loss or gradient norm is no number (or a spike), 3 steps in a row"
+
+
 def test_too_many_in_a_row_end_the_run(ranks: RankPool) -> None:
     results = ranks.run(4, poisoned, settings_for(max_skipped_steps=3), [2, 4, 5, 6], float("nan"))
-    assert len({result["error"] for result in results}) == 1 and results[0]["error"].startswith("step 6: loss or gradient norm is no number (or a spike), 3 steps in a row")
+    assert len({result["error"] for result in results}) == 1 and results[0]["error"].startswith(THREE)
     assert ranks.run(4, poisoned, settings_for(max_skipped_steps=None), [2, 3, 4, 5, 6], float("nan"))[0]["error"] is None
     # those before a resume count
     start = Position(5, guard={"skipped": 2, "in_a_row": 2, "recent": []})
     result = ranks.run(4, poisoned, settings_for(max_skipped_steps=3), [6], float("nan"), start)[0]
-    assert result["error"].startswith("step 6: loss or gradient norm is no number (or a spike), 3 steps in a row")
+    assert result["error"].startswith(THREE)
 
 
 def test_spikes_are_skipped_if_asked_for(ranks: RankPool) -> None:

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 
-from tp_trainer.checkpoint.store import FILE, METADATA, Damaged, Entry, Found, Sink, Store
+from tp_trainer.checkpoint.manifest import FILE, METADATA, Damaged, Entry
+from tp_trainer.checkpoint.store import Found, Sink, Store
 
 SUFFIX = ".distcp"
 FILE_BYTES = 1 << 30  # after which a rank begins another file

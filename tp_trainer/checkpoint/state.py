@@ -23,8 +23,9 @@ from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from tp_trainer.checkpoint.files import layout, local, read_metadata, read_tensors, write_files
+from tp_trainer.checkpoint.manifest import Damaged, Entry
 from tp_trainer.checkpoint.snapshot import Snapshot, Snapshots
-from tp_trainer.checkpoint.store import Damaged, Entry, Found, Store, at, step_name
+from tp_trainer.checkpoint.store import Found, Store, at, step_name
 from tp_trainer.config import ConfigError
 
 T = TypeVar("T")

@@ -23,27 +23,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 from fsspec.core import url_to_fs
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
+from tp_trainer.checkpoint.manifest import MANIFEST, METADATA, STATE, Damaged, Entry, parse_manifest, parse_state, render, render_manifest
+
 NAME = re.compile(r"step_([0-9]{8,18})")
-FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a file in a checkpoint: no separator, not hidden, not `..`
-MANIFEST, STATE, METADATA = "manifest.json", "state.json", "metadata.json"
-VERSION = 2  # of the manifest; 1 had no checksums, and its tensors a pickled index
 DRAFT, OLD = ".saving-", ".damaged-"  # directories that are no checkpoints yet, and no longer
 BLOCK_BYTES = 4 << 20
 VERIFY_THREADS = 4
-
-
-class Entry(NamedTuple):
-    """A file as the manifest has it."""
-
-    bytes: int
-    xxh3_128: str
 
 
 @dataclass(frozen=True)
@@ -62,10 +54,6 @@ class Found:
     @property
     def store(self) -> Store:
         return Store(self.path.rpartition("/")[0])
-
-
-class Damaged(Exception):
-    """A file is not what was written. The message says which one and how."""
 
 
 def launch_file(launch: str) -> str:
@@ -209,7 +197,7 @@ class Store:
             sizes = self._sizes(name)
             if MANIFEST not in sizes:
                 return "unfinished: it has no manifest"
-            files = _parse_manifest(self.read(f"{name}/{MANIFEST}"), int(number[1]))
+            files = parse_manifest(self.read(f"{name}/{MANIFEST}"), int(number[1]))
             for file, entry in files.items():
                 size = sizes.get(file, -1)
                 if size < 0:
@@ -219,7 +207,7 @@ class Store:
             content = self.read(f"{name}/{STATE}")
             if Entry(len(content), xxhash.xxh3_128_hexdigest(content)) != files[STATE]:
                 raise Damaged(f"{STATE} has another checksum")
-            state = _parse_state(content, int(number[1]))
+            state = parse_state(content, int(number[1]))
         except Damaged as error:
             return f"damaged: {error}"
         except OSError as error:
@@ -321,13 +309,12 @@ class Store:
             OSError: it doesn't count.
         """
         entries = dict(files)
-        for file, content in ((METADATA, _render(metadata)), (STATE, _render(state))):
+        for file, content in ((METADATA, render(metadata)), (STATE, render(state))):
             with self.write(draft, file) as sink:
                 sink.write(content)
                 entries[file] = sink.close()
-        manifest = {"version": VERSION, "step": step, "files": {file: entry._asdict() for file, entry in entries.items()}}
         with self.write(draft, MANIFEST) as sink:
-            sink.write(_render({**manifest, "checksum": _checksum(manifest)}))
+            sink.write(render_manifest(step, entries))
             sink.close()
         name = step_name(step)
         if self.local:
@@ -401,57 +388,6 @@ def at(path: str) -> Found | str:
 
 def _number(name: str) -> int:
     return int(name[5:])
-
-
-def _render(value: Mapping[str, Any]) -> bytes:
-    """The one way in which a value is written: any other text is not what was written."""
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    return str(xxhash.xxh3_128_hexdigest(_render(manifest)))
-
-
-def _parse_manifest(content: bytes, step: int) -> dict[str, Entry]:
-    """The files that a manifest names. Raises Damaged."""
-    try:
-        values = json.loads(content)
-        written = dict(values)
-        if written.get("version") == 1:
-            raise Damaged(f"{MANIFEST} is of an earlier version of this program, without checksums")
-        checksum = written.pop("checksum")
-        if checksum != _checksum(written) or content != _render(values) or written["version"] != VERSION:
-            raise Damaged(f"{MANIFEST} is not what was written")
-        if written["step"] != step:
-            raise Damaged(f"{MANIFEST} is of step {written['step']}")
-        files = {file: Entry(each["bytes"], each["xxh3_128"]) for file, each in written["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{MANIFEST} is not what was written") from error
-    for file, entry in files.items():
-        if not FILE.fullmatch(file) or not _is_count(entry.bytes) or not isinstance(entry.xxh3_128, str):
-            raise Damaged(f"{MANIFEST} names {file[:80]!r}")
-    if STATE not in files or METADATA not in files:
-        raise Damaged(f"{MANIFEST} lacks {STATE} or {METADATA}")
-    return files
-
-
-def _parse_state(content: bytes, step: int) -> dict[str, Any]:
-    """The state in a state.json. Raises Damaged."""
-    try:
-        state = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{STATE} is no JSON") from error
-    if not isinstance(state, dict) or not all(_is_count(state.get(key)) for key in COUNTS) or state["step"] != step:
-        raise Damaged(f"{STATE} lacks one of {', '.join(COUNTS)}, or it is of another step")
-    return state
-
-
-COUNTS = ("step", "epoch", "offset", "tokens", "global_batch_size")
-"""What every state.json has: whole numbers, from 0."""
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _is_number(value: object) -> bool:
