@@ -57,6 +57,7 @@ TASKS = {  # what a task calls with the checked Config; imported only then, sinc
     "train": "tp_trainer.tasks.train:run",
     "export": "tp_trainer.tasks.export:run",
     "verify": "tp_trainer.tasks.verify:run",
+    "bench": "tp_trainer.tasks.bench:run",
 }
 NO_OBJECTIVE = math.inf  # the worst of losses: optuna's sweeper takes it and goes on, NaN or an exception would end the sweep
 
@@ -318,7 +319,7 @@ def _typed(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def app(cfg: DictConfig) -> float:
-    """What Hydra calls for each job. Returns the objective: the final validation loss, infinite where there is none."""
+    """What Hydra calls for each job. Returns the objective (see `_objective`)."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return _sweep_job(cfg)
     try:
@@ -357,6 +358,9 @@ def _execute(config: Config) -> dict[str, Any]:
 
 
 def _objective(summary: dict[str, Any]) -> float:
+    """What sweepers minimise: the final validation loss, of a bench minus the tokens/s of a worker; infinite where there is none."""
+    if (rate := summary.get("tokens_per_second_per_gpu")) is not None:
+        return -float(rate)
     loss = summary.get("validation_loss")
     return NO_OBJECTIVE if loss is None else float(loss)
 
@@ -376,8 +380,8 @@ def _sweep_job(cfg: DictConfig) -> float:
     """
     hydra = HydraConfig.get()
     path = Path(hydra.runtime.output_dir) / "job.json"
-    job: dict[str, Any] = {"number": hydra.job.num, "overrides": _as_typed(hydra), "status": "running", "objective": None,
-                           "run_dir": None, "error": None}  # fmt: skip
+    job: dict[str, Any] = {"number": hydra.job.num, "task": cfg.get("task"), "overrides": _as_typed(hydra), "status": "running",
+                           "objective": None, "run_dir": None, "error": None}  # fmt: skip
 
     def write(**changes: Any) -> None:
         job.update(changes)
@@ -418,12 +422,13 @@ def _report_sweep(sweep_dir: Path, expected: int) -> bool:
     table.add_column("job", justify="right")
     table.add_column("what varied", overflow="fold")
     table.add_column("status")
-    table.add_column("validation loss", justify="right")
+    benches = bool(jobs) and all(job["task"] == "bench" for job in jobs)
+    table.add_column("tokens/s per worker" if benches else "validation loss", justify="right")
     table.add_column("run directory", overflow="fold")
     for job in jobs:
         varied = " ".join(override for override in job["overrides"] if override not in common)
-        loss = "" if job["objective"] is None else f"{job['objective']:.4f}"
-        table.add_row(str(job["number"]), varied, job["status"], loss, job["run_dir"] or "")
+        objective = "" if job["objective"] is None else f"{-job['objective']:,.0f}" if benches else f"{job['objective']:.4f}"
+        table.add_row(str(job["number"]), varied, job["status"], objective, job["run_dir"] or "")
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
     console.print(table)
     return len(jobs) >= expected and all(job["status"] == "done" for job in jobs)

@@ -24,24 +24,35 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(architecture: Architecture, seq_length: int) -> float:
+def flops_per_token(architecture: Architecture, seq_length: int, causal: bool = False) -> float:
     """FLOPs of forward and backward pass for one token, recomputation not counted.
 
     6 per parameter outside the embedding table (Kaplan et al. 2020, arXiv:2001.08361) and 12 L H S for attention,
     causality not subtracted (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B; as torchtitan counts).
+
+    Args:
+        causal: count the half of attention's products that the mask lets through, 6 L H S (FlashAttention-2, Dao 2023,
+            arXiv:2307.08691, section 4.1).
     """
     a = architecture
     tables = 0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size  # the head multiplies, the embedding looks up
-    attention = 12 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * seq_length
+    attention = (6 if causal else 12) * a.num_hidden_layers * a.num_attention_heads * a.head_dim * seq_length
     return 6 * (a.num_parameters - tables) + attention
 
 
 def peak_flops(device: torch.device) -> float | None:
     """FLOP/s of the device by its datasheet, dense bf16, or None where it isn't known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(name: str) -> float | None:
+    """FLOP/s of a GPU by its name, as `peak_flops`."""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name.replace("-", " ")), None)
+
+
+def mfu(tokens_per_second: float, architecture: Architecture, seq_length: int, peak: float | None, causal: bool = False) -> float | None:
+    """Model FLOPs utilisation of one device, in [0, 1]: the FLOPs of its tokens over `peak`; None where that isn't known."""
+    return tokens_per_second * flops_per_token(architecture, seq_length, causal) / peak if peak else None
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -192,8 +192,21 @@ class Verify:
 
 
 @dataclass
+class Bench:
+    warmup: int = setting(10, "task=bench: steps before those that are timed; the first one compiles", least=1)
+    steps: int = setting(20, "steps that are timed", least=1)
+    profile_steps: int = setting(2, "steps that are profiled after those, for where the time goes; 0 = none", least=0)
+    output: str | None = setting(None, "the file to append a line of JSON to; null = bench.jsonl in checkpoint.storage_path")
+
+    @property
+    def all_steps(self) -> int:
+        """The profiler takes two more: one to start in, and a lead (see tasks/trace.py)."""
+        return self.warmup + self.steps + (self.profile_steps + 2 if self.profile_steps else 0)
+
+
+@dataclass
 class Config:
-    task: str = setting("train", "what to do", one_of=("train", "export", "verify"))
+    task: str = setting("train", "what to do", one_of=("train", "export", "verify", "bench"))
     dry_run: bool = setting(False, "print the composed config and the mesh, start nothing")
     experiment_name: str | None = setting(None, "the run's directory; null = derived from every choice that matters to the result")
     seed: int = setting(42, "of weights, order and dropout", least=0)
@@ -207,6 +220,7 @@ class Config:
     tracker: Tracker = field(default_factory=Tracker)
     export: Export = field(default_factory=Export)
     verify: Verify = field(default_factory=Verify)
+    bench: Bench = field(default_factory=Bench)
 
     @property
     def run_dir(self) -> str:
