@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tp_trainer.config import Architecture
-from tp_trainer.metrics import PEAK_FLOPS, flops_per_token, optimal_interval, peak_flops, peak_memory_gib
+from tp_trainer.metrics import PEAK_FLOPS, flops_per_token, mfu, optimal_interval, peak_flops, peak_memory_gib
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
 
@@ -46,7 +46,10 @@ def test_llama_3_8b_is_what_meta_published() -> None:
     assert parameters == 8_030_261_248
     embedding, norms = 128_256 * 4096, 65 * 4096
     expected = 6 * (parameters - embedding - norms) + 12 * 32 * 4096 * 8192
-    assert flops_per_token(Architecture.of(fields_of("llama3_8b"), "test"), 8192) == expected
+    numbers = Architecture.of(fields_of("llama3_8b"), "test")
+    assert flops_per_token(numbers, 8192) == expected
+    assert flops_per_token(numbers, 8192, causal=True) == expected - 6 * 32 * 4096 * 8192
+    assert mfu(10_000, numbers, 8192, 989e12) == pytest.approx(10_000 * expected / 989e12) and mfu(10_000, numbers, 8192, None) is None
 
 
 def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
