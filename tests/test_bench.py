@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -244,30 +245,30 @@ def test_a_sweep_shows_tokens_per_second(capsys: pytest.CaptureFixture[str], mon
 
 @pytest.mark.slow
 def test_through_ray(tmp_path: Path) -> None:
-    """Twice, in a directory where a training run of the name lies: two lines, and the run as it was."""
+    """A sweep of two, in a directory where a training run of the name lies: two lines, a table, and the run as it was."""
     before = {"metrics.jsonl": '{"step": 1}\n', "config.yaml": "seed: 1\n", "step_00000001/manifest.json": "{}"}
     for name, text in before.items():
         (tmp_path / "out" / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / "mine" / name).write_text(text)
-    overrides = ["task=bench", "parallelism=tp2_dp1", "experiment_name=mine", "model.overrides.num_hidden_layers=1", "data=random",
-                 "data.seq_length=32", "train.micro_batch_size=2", "bench.warmup=1", "bench.steps=3", "bench.profile_steps=1",
-                 "cluster.device=cpu", f"checkpoint.storage_path={tmp_path / 'out'}"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "launch.py"), "-m", "task=bench", "parallelism=tp2_dp1", "experiment_name=mine", "data=random",
+               "model.overrides.num_hidden_layers=1", "data.seq_length=32", "train.micro_batch_size=2", "bench.warmup=1", "bench.steps=3",
+               "bench.profile_steps=1,0", "cluster.device=cpu", f"checkpoint.storage_path={tmp_path / 'out'}"]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for overridden in ([], ["bench.profile_steps=0", "bench.steps=2"]):
-        command = [sys.executable, str(ROOT / "launch.py"), *overrides, *overridden]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500, env=env)
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500, env=env)
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     one, two = (json.loads(line) for line in (tmp_path / "out" / "bench.jsonl").read_text().splitlines())
-    assert (one["timed_steps"], two["timed_steps"]) == (3, 2)
     for row in (one, two):
         assert row["cell"] == "tp2_dp1_32x2" and (row["program"], row["model"], row["layers"]) == ("ours", "tiny", 1)
         assert row["tokens_per_second"] == pytest.approx(2 * 32 / row["step_seconds"]["median"])
         assert row["tokens_per_second_per_gpu"] == pytest.approx(row["tokens_per_second"] / 2)
-        assert row["mfu"] is None and row["peak_gib"] > 0 and row["command"].startswith("python launch.py task=bench")
+        assert row["timed_steps"] == 3 and row["mfu"] is None and row["peak_gib"] > 0
+        assert row["command"].startswith("python launch.py -m task=bench parallelism=tp2_dp1")
         assert tuple(row["startup_seconds"]) == bench.STAGES and min(row["startup_seconds"].values()) >= 0
         assert row["environment"]["device"].endswith("CPU")
         assert (row["environment"]["count"], row["environment"]["compute"]) == (2, "float32")
-    assert f"tokens/s    {two['tokens_per_second_per_gpu']:,.0f} per worker" in done.stdout  # of the second
+        rate = f"{row['tokens_per_second_per_gpu']:,.0f}"
+        assert f"tokens/s    {rate} per worker" in done.stdout and re.search(rf"done +{rate} ", done.stdout)  # and in the sweep's table
+    assert "bench.profile_steps=0" in done.stdout and "tokens/s per worker" in done.stdout
     assert one["split"]["steps"] == 1 and one["split"]["compute"] is None and two["split"] is two["trace"] is None
     parts = [one["split"][part] for part in PARTS if one["split"][part] is not None]
     assert sum(parts) == pytest.approx(one["split"]["step"]) and one["split"]["optimizer"] > 0 and one["split"]["data_wait"] > 0
@@ -277,4 +278,5 @@ def test_through_ray(tmp_path: Path) -> None:
     run = tmp_path / "out" / "mine"
     assert {name: (run / name).read_text() for name in before} == before
     assert {path.name for path in run.iterdir()} == {"bench", "metrics.jsonl", "config.yaml", "step_00000001"}
+    assert len(list((run / "bench" / "profile").iterdir())) == 1
     assert not list((run / "bench").glob("step_*")) and not (run / "bench" / "metrics.jsonl").exists()
