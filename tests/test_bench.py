@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,31 @@ def test_the_clock(profiled: bool, tmp_path: Path) -> None:
             assert json.load(file)["traceEvents"]
     else:
         assert clock.profiler is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_clock_on_a_gpu(tmp_path: Path) -> None:
+    """The device's own times, and a trace of it as torch writes one: products, an optimizer step, a pause of the host."""
+    clock = Clock(tiny(tmp_path, bench={"warmup": 1, "steps": 3, "profile_steps": 2}), torch.device("cuda"), True, lambda: None)
+    weight = torch.nn.Parameter(torch.randn(4096, 4096, device="cuda"))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    for step in range(1, clock.end + 1):
+        with torch.profiler.record_function(DATA):
+            rows = torch.randn(4096, 4096).to("cuda")
+        (rows @ weight).square().mean().backward()
+        optimizer.step()
+        torch.cuda.synchronize()
+        time.sleep(0.02)
+        clock.hooks.stepped(step)
+    clock.close()
+    assert len(clock.seconds()) == 3 and min(clock.seconds()) > 0.02
+    found = clock.trace(Store(str(tmp_path)), "profile/x.json.gz")
+    assert found is not None and found["steps"] == 2 and found["other"] is None
+    parts = {part: found[part] or 0 for part in PARTS}
+    assert sum(parts.values()) == pytest.approx(found["step"])
+    assert parts["compute"] > 0 and parts["optimizer"] > 0 and parts["data_wait"] > 0 and parts["host_gaps"] > 0.015
+    assert parts["exposed_communication"] == 0
 
 
 def test_rates_and_environment(tmp_path: Path) -> None:

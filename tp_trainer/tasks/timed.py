@@ -50,7 +50,7 @@ def timed_steps(
     Returns:
         `seconds` (of each timed step, this rank's), what `rates` makes of their median, `peak_gib` (the highest over the
         ranks, before the profiler), `split` and `trace` (rank 0's, else None), `environment`.
-    """  # fmt: skip
+    """
     clock = Clock(config, mesh.device, profiled=dist.get_rank() == 0, begun=begun)
     fetch = data.step
 
@@ -121,13 +121,13 @@ class Clock:
 
     def seconds(self) -> list[float]:
         """Of each timed step: from the end of the step before it to its own, on the device where there is one."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         return [seconds_between(one, other) for one, other in pairwise(self.marks)]
 
     def close(self) -> None:
         if self.profiler is not None and self.step >= self.last:
             self.profiler.stop()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def trace(self, store: Store, name: str) -> dict[str, float | None] | None:
         """Put the trace into the run's directory and read it. Returns where the time went."""
