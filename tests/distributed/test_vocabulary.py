@@ -54,7 +54,7 @@ def test_split_over_tp(ranks: RankPool, layout: tuple[int, int]) -> None:
 
 
 def test_in_chunks_without_tp(ranks: RankPool) -> None:
-    seq = 6144  # three chunks of loss.CHUNK_TOKENS
+    seq = 12288  # three chunks of loss.CHUNK_TOKENS
     architecture = {**SMALL, "max_position_embeddings": seq, "vocab_size": 256, "intermediate_size": 32}
     settings = settings_of(
         architecture, 1, 1, data={"seq_length": seq}, train={"micro_batch_size": 1, "global_batch_size": 1, "eval_batches": 1}

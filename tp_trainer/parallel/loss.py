@@ -15,55 +15,121 @@ import torch.nn.functional as F
 from tp_trainer.parallel.collectives import TensorRegion
 
 IGNORE_INDEX = -100
-CHUNK_TOKENS = 2048
+CHUNK_TOKENS = 4096
+
+
+def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    wide = logits.float()
+    return wide if softcap is None else softcap * torch.tanh(wide / softcap)
+
+
+class _Passes:
+    """The passes over a chunk's logits, in place: each works with what the last one has left."""
+
+    def __init__(self, logits: torch.Tensor, local: torch.Tensor, mine: torch.Tensor, softcap: float | None) -> None:
+        """
+        Args:
+            logits: [tokens, vocab / tp], lost.
+            local, mine: [tokens], the label's row of this rank's, and whether it is one.
+        """
+        self.logits, self.local, self.mine, self.softcap = logits, local, mine, softcap
+
+    def peak(self) -> torch.Tensor:
+        """float32 [tokens]"""
+        self.capped = _capped(self.logits, self.softcap)
+        return self.capped.amax(dim=-1)
+
+    def sums(self, peak: torch.Tensor) -> torch.Tensor:
+        """float32 [2, tokens]: of exp(logit - peak) over this rank's rows; logit - peak at the label, where it is one of them."""
+        self.slope = None if self.softcap is None else 1 - (self.capped / self.softcap).square()
+        shifted = self.capped.sub_(peak[:, None])
+        at_label = torch.where(self.mine, shifted.gather(1, self.local[:, None]).squeeze(1), 0.0)
+        return torch.stack((shifted.exp_().sum(dim=-1), at_label))
+
+    def slopes(self, peak: torch.Tensor, total: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """The loss's gradient by the logits, in their dtype: softmax, less one at the label, where the token counts."""
+        slopes = self.capped.mul_((counts / total)[:, None])
+        slopes.scatter_add_(1, self.local[:, None], -self.mine.float()[:, None])
+        return (slopes if self.slope is None else slopes.mul_(self.slope)).to(self.logits.dtype)
+
+
+class _CompiledPasses(_Passes):
+    """The same, each pass one kernel that reads the logits as they came, in low precision, and writes nothing as large but slopes."""
+
+    def peak(self) -> torch.Tensor:
+        return _compiled_peak(self.logits, self.softcap)
+
+    def sums(self, peak: torch.Tensor) -> torch.Tensor:
+        return _compiled_sums(self.logits, peak, self.local, self.mine, self.softcap)
+
+    def slopes(self, peak: torch.Tensor, total: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return _compiled_slopes(self.logits, peak, counts / total, self.local, self.mine, self.softcap)
+
+
+def _peak(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return _capped(logits, softcap).amax(dim=-1)
+
+
+def _sums(logits: torch.Tensor, peak: torch.Tensor, local: torch.Tensor, mine: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    shifted = _capped(logits, softcap) - peak[:, None]
+    return torch.stack((shifted.exp().sum(dim=-1), torch.where(mine, shifted.gather(1, local[:, None]).squeeze(1), 0.0)))
+
+
+def _slopes(
+    logits: torch.Tensor, peak: torch.Tensor, factor: torch.Tensor, local: torch.Tensor, mine: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    capped = _capped(logits, softcap)
+    label = (torch.arange(logits.shape[1], device=logits.device) == local[:, None]) & mine[:, None]
+    slopes = (capped - peak[:, None]).exp() * factor[:, None] - label.float()
+    return (slopes if softcap is None else slopes * (1 - (capped / softcap).square())).to(logits.dtype)
+
+
+_compiled_peak, _compiled_sums, _compiled_slopes = (torch.compile(each, dynamic=False) for each in (_peak, _sums, _slopes))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, region: TensorRegion, first: int,
-        softcap: float | None, needs_gradient: bool,
+        softcap: float | None, needs_gradient: bool, compiled: bool,
     ) -> torch.Tensor:  # fmt: skip
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        grad_weight = None
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             h, target = hidden[start : start + CHUNK_TOKENS], labels[start : start + CHUNK_TOKENS]
             counts = target != IGNORE_INDEX
             local = target - first
             mine = counts & (local >= 0) & (local < weight.shape[0])  # the label is one of this rank's rows
             local = torch.where(mine, local, 0)
-            logits = F.linear(h, weight).float()
-            slope = None  # of the cap
-            if softcap is not None:
-                logits = (logits / softcap).tanh_()
-                slope = 1 - logits.square() if needs_gradient else None
-                logits *= softcap
-            peak = region.all_reduce(logits.amax(dim=-1), "max")
-            at_label = torch.where(mine, logits.gather(1, local[:, None]).squeeze(1) - peak, 0.0)
-            probabilities = logits.sub_(peak[:, None]).exp_()
-            total, at_label = region.all_reduce(torch.stack((probabilities.sum(dim=-1), at_label))).unbind()
+            passes = (_CompiledPasses if compiled else _Passes)(F.linear(h, weight), local, mine, softcap)
+            peak = region.all_reduce(passes.peak(), "max")
+            total, at_label = region.all_reduce(passes.sums(peak)).unbind()
             loss += torch.where(counts, total.log() - at_label, 0.0).sum()
-            if grad_hidden is not None and grad_weight is not None:
-                probabilities.mul_((counts / total)[:, None])
-                probabilities.scatter_add_(1, local[:, None], -mine.float()[:, None])
-                if slope is not None:
-                    probabilities.mul_(slope)
-                grad_logits = probabilities.to(hidden.dtype)
-                torch.mm(grad_logits, weight, out=grad_hidden[start : start + CHUNK_TOKENS])
-                grad_weight += grad_logits.t() @ h
+            if grad_hidden is not None:
+                slopes = passes.slopes(peak, total, counts)
+                torch.mm(slopes, weight, out=grad_hidden[start : start + CHUNK_TOKENS])
+                grad_weight = _add_product(grad_weight, slopes.t(), h)
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None, None, None
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None, None, None, None
+
+
+def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b in float32, `total` being overwritten; without one a @ b."""
+    if a.is_cuda and a.dtype != torch.float32:  # the product itself leaves the sum unrounded
+        return torch.mm(a, b, out_dtype=torch.float32) if total is None else torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return (a @ b).float() if total is None else total.add_(a @ b)
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, region: TensorRegion, first: int, softcap: float | None = None
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, region: TensorRegion, first: int, softcap: float | None = None,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """The cross-entropy of `hidden @ weight.T` against `labels`, summed over the tokens that count.
 
@@ -74,9 +140,10 @@ def linear_cross_entropy(
         region: the TP group.
         first: the id of this rank's first row.
         softcap: logits are squashed to softcap x tanh(logits / softcap) (Gemma 2, arXiv:2408.00118).
+        compiled: whether torch.compile makes the passes over the logits one kernel each.
 
     Returns:
         float32 scalar, the same on every rank of the TP group, not divided by anything.
     """
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, region, first, softcap, needs_gradient)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, region, first, softcap, needs_gradient, compiled)
