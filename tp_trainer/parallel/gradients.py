@@ -57,10 +57,12 @@ def _square(parameters: Sequence[nn.Parameter], split: bool, device: torch.devic
         return torch.zeros((), device=device)
     # on the CPU torch adds up one number after the other: in float32 the norm of 5e7 numbers is off by 4e-3
     dtype = torch.float64 if device.type == "cpu" else torch.float32
-    return torch.stack(torch._foreach_norm(grads, 2.0, dtype=dtype)).square().sum().float()
+    norms: list[torch.Tensor] = []
+    for kind in {g.dtype for g in grads}:  # one call takes one
+        norms += torch._foreach_norm([g for g in grads if g.dtype == kind], 2.0, dtype=dtype)
+    return torch.stack(norms).square().sum().float()
 
 
-def clip(parameters: Sequence[nn.Parameter], norm: torch.Tensor, limit: float) -> None:
-    """Scale the gradients, in place, so that their global norm is at most `limit` (as torch's clip_grad_norm_)."""
-    grads = local_gradients(parameters)
-    torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0))
+def clip_divisor(norm: torch.Tensor, limit: float) -> torch.Tensor:
+    """What gradients are divided by, so that their global norm is at most `limit` (as torch's clip_grad_norm_)."""
+    return torch.clamp((norm + 1e-6) / limit, min=1.0)

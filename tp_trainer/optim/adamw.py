@@ -1,0 +1,99 @@
+"""AdamW in one pass over memory on GPUs: clipping, the skipping of a step and the copies that the model computes with included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no GPU, or a platform without it: torch's own fused AdamW
+    triton = None
+
+BLOCK = 2048
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW(fused=True) with its state and attributes: gradients are divided by `grad_scale`, `found_inf` 1 skips a step.
+
+    On GPUs one kernel a parameter reads and writes everything once. Gradients may be of lower precision there; a parameter's
+    `compute_copy`, a tensor of its local shape, is written along.
+    """
+
+    grad_scale: torch.Tensor | None = None  # float32 scalar on the device
+    found_inf: torch.Tensor | None = None  # float32 scalar on the device
+    wrote_copies = False  # whether the last step wrote them
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        self.wrote_copies = False
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters or triton is None or not all(p.is_cuda and p.dtype == torch.float32 for p in parameters):
+                super().step()
+                return
+        for group in self.param_groups:
+            self._step_group(group, [parameter for parameter in group["params"] if parameter.grad is not None])
+        self.wrote_copies = True
+
+    def _step_group(self, group: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:
+        device, (beta1, beta2) = parameters[0].device, group["betas"]
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        one = torch.ones((), device=device)
+        skip = self.found_inf if self.found_inf is not None else 1 - one
+        scale = self.grad_scale if self.grad_scale is not None else one
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1 - skip)
+        done = steps[0].double()  # the same for all
+        corrections = torch.stack([1 - beta1**done, (1 - beta2**done).sqrt()]).float()
+        for parameter, state in zip(parameters, states, strict=True):
+            own, gradient, first, second = map(_local, (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
+            copy, count = getattr(parameter, "compute_copy", None), own.numel()
+            if count == 0:
+                continue
+            assert own.is_contiguous() and gradient.is_contiguous() and first.is_contiguous() and second.is_contiguous()
+            _adamw_kernel[(triton.cdiv(count, BLOCK),)](
+                own, gradient, first, second, own if copy is None else copy, corrections, scale, skip, count,
+                group["lr"], group["lr"] * group["weight_decay"], beta1, beta2, group["eps"], COPY=copy is not None, BLOCK=BLOCK,
+                num_warps=8,
+            )  # fmt: skip
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # to_local, some hundred times a step, takes the host too long
+
+
+if triton is not None:
+
+    @triton.jit
+    def _adamw_kernel(  # type: ignore[no-untyped-def]
+        parameter, gradient, first, second, copy, corrections, scale, skip, count,
+        lr, decay, beta1, beta2, eps, COPY: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, as torch.optim.AdamW has it."""
+        if tl.load(skip) != 0:
+            return
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < count
+        p = tl.load(parameter + at, inside, other=0.0)
+        g = tl.load(gradient + at, inside, other=0.0).to(tl.float32) / tl.load(scale)
+        m = tl.load(first + at, inside, other=0.0)
+        v = tl.load(second + at, inside, other=0.0)
+        m += (g - m) * (1 - beta1)
+        v = v * beta2 + g * g * (1 - beta2)
+        p -= p * decay
+        p -= lr / tl.load(corrections) * m / (tl.sqrt(v) / tl.load(corrections + 1) + eps)
+        tl.store(parameter + at, p, inside)
+        tl.store(first + at, m, inside)
+        tl.store(second + at, v, inside)
+        if COPY:
+            tl.store(copy + at, p.to(copy.dtype.element_ty), inside)
