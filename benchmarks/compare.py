@@ -132,7 +132,7 @@ def ours(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def torchtitan(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
-    for loss_parallel in (True, False):
+    for loss_parallel in (True, False) if cell.tp > 1 else (True,):
         flags = (f"--training.seq_len {cell.seq} --training.local_batch_size {cell.batch} --parallelism.tensor_parallel_degree {cell.tp} "
                  f"--parallelism.data_parallel_shard_degree {cell.dp} --compile.enable --activation_checkpoint.mode none"
                  f"{'' if loss_parallel else ' --parallelism.disable_loss_parallel'}")  # fmt: skip

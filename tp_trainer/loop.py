@@ -14,14 +14,12 @@ import torch.distributed as dist
 from tp_trainer.config import Config, Train, Unrecoverable, architecture
 from tp_trainer.data import IGNORE_INDEX, Cursor, DataStream
 from tp_trainer.metrics import flops_per_token, peak_flops, peak_memory_gib
-from tp_trainer.models.build import ParallelModel
-from tp_trainer.optim import Guard, learning_rate, set_learning_rate
+from tp_trainer.models.build import Batch, ParallelModel
+from tp_trainer.optim import AdamW, Guard, learning_rate, set_learning_rate
 from tp_trainer.parallel.agreement import LEAVE, STOP, Agreement
 from tp_trainer.parallel.drift import check_replicas
-from tp_trainer.parallel.gradients import clip, global_norm, sum_over_tp
+from tp_trainer.parallel.gradients import clip_divisor, global_norm, sum_over_tp
 from tp_trainer.parallel.mesh import Mesh
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -60,7 +58,7 @@ class Outcome:
 
 
 def train(
-    config: Config, model: ParallelModel, optimizer: torch.optim.Optimizer, data: DataStream, mesh: Mesh, start: Position, hooks: Hooks
+    config: Config, model: ParallelModel, optimizer: AdamW, data: DataStream, mesh: Mesh, start: Position, hooks: Hooks
 ) -> Outcome:
     """Train from `start` to the end of the run. The first and the last step are logged, the last is evaluated and saved.
 
@@ -143,7 +141,7 @@ def global_tokens(config: Config, data: DataStream) -> int:
 
 def train_step(
     model: ParallelModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     batches: list[Batch],
     mesh: Mesh,
     clip_grad_norm: float | None,
@@ -152,8 +150,7 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over this rank's micro-batches.
 
-    The loss is the mean over all label tokens of the global batch, however they lie on ranks and micro-batches: FSDP
-    averages over dp, so each part is scaled by dp / global tokens before its backward pass.
+    The loss is the mean over all label tokens of the global batch, however they lie on ranks and micro-batches.
 
     Args:
         guard: decides whether the step counts; where it doesn't, parameters and optimizer state stay as they are.
@@ -162,23 +159,23 @@ def train_step(
     Returns:
         (loss, global gradient norm before clipping), float32 scalars on the device, the same on all ranks.
     """
-    count = torch.tensor(float(sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batches)), device=mesh.device)
-    dist.all_reduce(count, group=mesh.dp_group)
+    # filled in on the device: a copy from here would wait for the step before
+    count = torch.full((), float(sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batches)), device=mesh.device)
+    if mesh.dp_size > 1:
+        dist.all_reduce(count, group=mesh.dp_group)
     total = torch.zeros((), device=mesh.device)
-    for batch in batches:
-        loss = model.module(batch["input_ids"].to(mesh.device), batch["labels"].to(mesh.device)) / count
-        (loss * mesh.dp_size).backward()
-        total += loss.detach()
-    dist.all_reduce(total, group=mesh.dp_group)
+    for index, batch in enumerate(batches):
+        total += model.backward(batch, count, index, len(batches))
+    if mesh.dp_size > 1:
+        dist.all_reduce(total, group=mesh.dp_group)
     sum_over_tp(model.summed_over_tp, mesh)
     parameters = model.parameters
     norm = global_norm(parameters, mesh, total)
     before_clipping()
-    if clip_grad_norm is not None:
-        clip(parameters, norm, clip_grad_norm)
-    if guard is not None:
-        optimizer.found_inf = guard.judge(total, norm)  # type: ignore[attr-defined]  # fused AdamW does nothing where it is 1
+    optimizer.grad_scale = clip_divisor(norm, clip_grad_norm) if clip_grad_norm is not None else None
+    optimizer.found_inf = guard.judge(total, norm) if guard is not None else None
     optimizer.step()
+    model.changed(copies_too=optimizer.wrote_copies)
     optimizer.zero_grad(set_to_none=True)
     return total, norm
 
@@ -189,7 +186,7 @@ def evaluate(model: ParallelModel, batches: Iterator[Batch], mesh: Mesh) -> floa
     model.module.eval()
     sums = torch.zeros(2, dtype=torch.float64 if mesh.device.type == "cpu" else torch.float32, device=mesh.device)
     for batch in batches:
-        sums[0] += model.module(batch["input_ids"].to(mesh.device), batch["labels"].to(mesh.device))
+        sums[0] += model.loss(batch)
         sums[1] += (batch["labels"] != IGNORE_INDEX).sum()
     dist.all_reduce(sums, group=mesh.dp_group)
     model.module.train()

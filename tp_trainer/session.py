@@ -38,7 +38,9 @@ class Node:
         self.rank, self.local_rank = context.get_world_rank(), context.get_local_rank()
         self.local_world, self.storage = context.get_local_world_size(), context.get_storage()
         self.device = torch.device("cuda", torch.cuda.current_device()) if config.cluster.device == "gpu" else torch.device("cpu")
-        if self.device.type == "cpu":
+        if self.device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream())  # of this thread; what runs on the default one can't be captured in a graph
+        else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world))
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -93,10 +95,10 @@ class Watch:
             self.told, self.times = time.monotonic(), times
             self.progress.push.remote({"alive": None if self.seconds is None else times * self.seconds})
 
-    def forward(self, module: torch.nn.Module, *_: object) -> None:
-        """A hook before each forward pass of the model."""
-        self.alive(1 if module.training or self.evaluated else START)
-        self.evaluated = self.evaluated or not module.training
+    def forward(self, training: bool) -> None:
+        """Called before each pass over the model."""
+        self.alive(1 if training or self.evaluated else START)
+        self.evaluated = self.evaluated or not training
 
     def stepped(self) -> None:
         self.trained = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from statistics import mean
 from typing import Any
 
@@ -40,7 +41,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     data = node.agree(lambda: open_data(
         config, tokenizer=settings["tokenizer"], dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, first_on_node=node.first))  # fmt: skip
     watch = Watch(config, node, launch, settings["progress"])  # not before: model and data may have to be downloaded and tokenised
-    model.module.register_forward_pre_hook(watch.forward)
+    model.before_pass = lambda: watch.forward(model.module.training)
     total_steps = data.total_steps(config.train)
     optimizer = build_optimizer(config.optim, model.module.named_parameters())
     keep = config.checkpoint
@@ -50,7 +51,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     # of dropout: another on every rank, but for a residual stream that a TP group holds in common; a restore brings back its own
     torch.manual_seed(config.seed + 1 + (node.rank if config.parallelism.sequence_parallel else mesh.dp_rank))
     start, found, skipped = node.agree(lambda: restore(config, launch, checkpoints, total_steps, data.train.identity))
-    with Reporter(config, node, checkpoints, data, launch, settings["progress"], watch) as reporter:
+    with closing(model), Reporter(config, node, checkpoints, data, launch, settings["progress"], watch) as reporter:
         reporter.begin(start.step, total_steps)
         outcome = train(config, model, optimizer, data, mesh, start, reporter.hooks)
     watch.off()

@@ -18,7 +18,7 @@ from tp_trainer.config import Config, load
 from tp_trainer.data import Cursor, DataStream
 from tp_trainer.loop import train_step
 from tp_trainer.models.build import ParallelModel, build_model
-from tp_trainer.optim import build_optimizer
+from tp_trainer.optim import AdamW, build_optimizer
 from tp_trainer.parallel.mesh import Mesh, build_mesh
 
 
@@ -27,7 +27,7 @@ class Trainer:
     config: Config
     mesh: Mesh
     model: ParallelModel
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     data: DataStream
     cursor: Cursor
 
@@ -41,9 +41,9 @@ class Trainer:
         return loss.item(), norm.item()
 
 
-def trainer(settings: dict[str, Any]) -> Trainer:
+def trainer(settings: dict[str, Any], device: torch.device | None = None) -> Trainer:
     config = load(settings)
-    mesh = build_mesh(config.parallelism, torch.device("cpu"))
+    mesh = build_mesh(config.parallelism, device or torch.device("cpu"))
     model = build_model(config, mesh, lambda find: find())
     optimizer = build_optimizer(config.optim, model.module.named_parameters())
     data = data_of(settings, mesh.dp_rank, mesh.dp_size)

@@ -29,7 +29,7 @@ def verify(settings: dict[str, Any], broken: str | None = None) -> list[dict[str
         if broken == "sum_over_tp":
             patch.setattr(tp_trainer.loop, "sum_over_tp", lambda *_: None)
         elif broken == "clip":
-            patch.setattr(tp_trainer.loop, "clip", lambda *_: None)
+            patch.setattr(tp_trainer.loop, "clip_divisor", lambda norm, _: torch.ones_like(norm))
         data = data_of(plain(config), made.mesh.dp_rank, made.mesh.dp_size)
         return list(compared_steps(config, made.mesh, made.model, data, "none"))
 

@@ -14,7 +14,7 @@ from rank_pool import RankPool
 from torch import nn
 
 
-def compile_to_graphs(module: nn.Module) -> None:
+def compile_to_graphs(module: nn.Module, **_: Any) -> None:
     """Module.compile, but for the code generation, which takes long and changes nothing here."""
     module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
 

@@ -14,6 +14,7 @@ from rank_cases import count_operations, run_steps, trainer
 from rank_pool import RankPool
 
 from tp_trainer.data import Cursor
+from tp_trainer.parallel import overlap
 
 
 @pytest.mark.parametrize("micro", [2, 8])
@@ -88,10 +89,22 @@ def test_what_is_recomputed(ranks: RankPool, models: Path) -> None:
 
 
 def compiled_steps(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What `run_steps` gives; besides how many graphs there were, and the order of products and collectives in each one's code."""
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    out = run_steps(settings, steps)
+    put_off, orders = overlap.put_off, []
+
+    def seen(nodes: list[Any]) -> list[Any]:
+        nodes = put_off(nodes)
+        orders.append([str(name).rpartition(".")[2] for node in nodes if (name := overlap._operation(node)) is not None])
+        return nodes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "put_off", seen)
+        patch.setattr(torch._inductor.config, "force_disable_caches", True)  # what comes from there is not ordered anew
+        out = run_steps(settings, steps)
     out["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    out["orders"] = orders
     torch._dynamo.reset()
     return out
 
@@ -101,6 +114,12 @@ def test_compile_changes_no_number(ranks: RankPool, models: Path) -> None:
     settings = settings_of(saved(models, "qwen2"), parallelism={"tp": 2, "dp": 1, "compile": True})
     results = ranks.run(2, compiled_steps, settings, 3, timeout=400)
     assert results[0]["graphs"] >= 1
+    backward = next(order for order in results[0]["orders"] if order.count("mm") == 2 * 7)  # each linear layer's two
+    assert {"reduce_scatter_tensor", "mm", "wait_tensor"} <= set(backward)
+    begun = [i for i, name in enumerate(backward) if name == "reduce_scatter_tensor"]
+    assert len(begun) == 2 and all(backward[i + 1] == "mm" for i in begun), "a weight's gradient is formed while it is under way"
+    alone = [i for i, name in enumerate(backward[:-1]) if name.endswith("_tensor") and backward[i + 1] == "wait_tensor"]
+    assert len(alone) == 2, "the gathers: no product is due there, with tensors as small as these all have been done"
     compare(results, Reference(settings).run(global_batches(settings, 3)))
 
 
@@ -133,7 +152,7 @@ def test_number_of_collectives(ranks: RankPool, layers: int) -> None:
         "tp.all_gather": 2 * (2 * layers + 1),  # into each attention and MLP and the head; in backward: row layers, embedding
         "tp.reduce_scatter": 2 * (2 * layers + 1),  # their mirror image
         "tp.all_reduce": 2,  # the loss: the maximum, the sum
-        "dp.all_gather": 2 * (layers + 2),  # each layer, the embedding, final norm with head; forward and backward
+        "dp.all_gather": 2 * layers + 2,  # each layer, forward and backward; embedding and final norm with head: forward only
         "dp.reduce_scatter": layers + 2,
         "dp.all_reduce": 5,  # labels, loss, gradients of replicated parameters in one, norm over dp, over tp
     }] * 4  # fmt: skip
@@ -141,4 +160,4 @@ def test_number_of_collectives(ranks: RankPool, layers: int) -> None:
 
 def test_number_of_collectives_without_tensor_parallelism(ranks: RankPool) -> None:
     settings = settings_of(FAMILIES["qwen2"], 1, 2, train={"micro_batch_size": 4})
-    assert ranks.run(2, collectives, settings) == [{"dp.all_gather": 2 * (2 + 2), "dp.reduce_scatter": 2 + 2, "dp.all_reduce": 3}] * 2
+    assert ranks.run(2, collectives, settings) == [{"dp.all_gather": 2 * 2 + 2, "dp.reduce_scatter": 2 + 2, "dp.all_reduce": 3}] * 2

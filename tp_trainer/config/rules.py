@@ -38,6 +38,9 @@ def check(config: Config) -> None:
     if parallelism.dp % parallelism.dp_replicate:
         raise ConfigError("parallelism.dp_replicate", parallelism.dp_replicate,
                           f"must divide parallelism.dp={parallelism.dp}; allowed: {_divisors(parallelism.dp)}")
+    if parallelism.cuda_graphs and (parallelism.compile is False or config.cluster.device == "cpu"):
+        raise ConfigError("parallelism.cuda_graphs", True,
+                          f"needs {'parallelism.compile' if parallelism.compile is False else 'GPUs'}; leave it null")
     if config.cluster.num_workers != parallelism.world_size:
         raise ConfigError("cluster.num_workers", config.cluster.num_workers,
                           f"must be tp x dp = {parallelism.tp} x {parallelism.dp} = {parallelism.world_size}; leave it out, it is derived")

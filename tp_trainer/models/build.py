@@ -3,35 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tp_trainer.config import Config, ConfigError
+from tp_trainer.config import Config, ConfigError, Parallelism
 from tp_trainer.models.split import is_gradient_summed, split_table
 from tp_trainer.models.weights import draw_weights, find_weights, read_weights
 from tp_trainer.parallel import attention
 from tp_trainer.parallel.collectives import TensorRegion
 from tp_trainer.parallel.mesh import Mesh
-from tp_trainer.parallel.shard import shard
+from tp_trainer.parallel.precision import LocalCopies, ShardCopies
+from tp_trainer.parallel.replay import MicroStep
+from tp_trainer.parallel.shard import dtypes, is_compiled, is_replayed, shard
 from tp_trainer.parallel.tensor import apply_tensor_parallel
 
+Batch = dict[str, torch.Tensor]
 
-@dataclass(frozen=True)
+
 class ParallelModel:
-    """A transformers model on the mesh. `module(input_ids, labels)` gives the loss summed over this rank's label tokens."""
+    """A transformers model on the mesh."""
 
-    module: PreTrainedModel
-    summed_over_tp: list[nn.Parameter]  # replicated over tp; each rank's gradient is a part of a sum
+    def __init__(self, module: PreTrainedModel, summed_over_tp: list[nn.Parameter], parallelism: Parallelism, mesh: Mesh) -> None:
+        """
+        Args:
+            module: gives the loss summed over this rank's label tokens; its parameters are float32 DTensors with weights.
+            summed_over_tp: parameters replicated over tp of whose gradient each rank has a part of a sum.
+        """
+        self.module, self.summed_over_tp = module, summed_over_tp
+        self.parameters: list[nn.Parameter] = list(module.parameters())
+        self.dp_size = mesh.dp_size
+        compute, _ = dtypes(parallelism, mesh.device)
+        low = set(self.parameters) - set(summed_over_tp) if mesh.device.type == "cuda" else set[nn.Parameter]()
+        self.copies = LocalCopies(module, compute, low) if mesh.dp_size == 1 else ShardCopies(module, compute, mesh)
+        self.micro_step = MicroStep(self._forward_backward, self.parameters, is_replayed(parallelism, mesh.device))
+        self.before_pass: Callable[[], object] = lambda: None  # called before each pass over the model
+
+    def backward(self, batch: Batch, count: torch.Tensor, index: int, of: int) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch.
+
+        Args:
+            batch: input_ids and labels, int64 [micro_batch, seq].
+            count: float32 scalar on the device, label tokens of the global batch.
+            index, of: the step's micro-batches are counted from 0.
+
+        Returns:
+            This micro-batch's part of the mean loss, float32 scalar on the device, valid until the next call. The
+            gradients are added to what the parameters have; FSDP averages them over dp, which is made up for here.
+        """
+        self.before_pass()
+        if index == 0:
+            self.copies.refresh()
+            self.copies.adding = of > 1
+        return self.micro_step(*self._on_device(batch), count, first=index == 0)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The loss summed over a micro-batch's label tokens, float32 scalar."""
+        self.before_pass()
+        self.changed()
+        self.copies.refresh()
+        with self.copies.installed():
+            loss = self.module(*self._on_device(batch))
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):  # what isn't freed after the forward pass waits for a backward pass
+                module.reshard()
+        return loss
+
+    def close(self) -> None:
+        """Give up what must be gone before the process groups are; nothing can be done with the model afterwards."""
+        self.micro_step.close()
+
+    def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and labels; from pinned memory, which the host doesn't have to wait for."""
+        given = batch["input_ids"], batch["labels"]
+        ids, labels = (each.pin_memory() for each in given) if self.device.type == "cuda" else given
+        return ids.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def changed(self, copies_too: bool = False) -> None:
+        """To be called when parameters were written to; `copies_too`: and their compute_copy, where they have one."""
+        self.copies.fresh = copies_too
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.module.parameters())
+    def device(self) -> torch.device:
+        return self.parameters[0].device
+
+    def _forward_backward(self, input_ids: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        with self.copies.installed():
+            loss = self.module(input_ids, labels) / count
+            (loss * self.dp_size).backward()
+        return loss.detach()
 
 
 def meta_model(architecture: dict[str, Any]) -> PreTrainedModel:
@@ -64,7 +129,8 @@ def build_model(config: Config, mesh: Mesh, first_on_node: Callable[[Callable[[]
     parallelism = config.parallelism
     model = meta_model(config.model.architecture)
     table = split_table(model, mesh.tp_size)
-    region = TensorRegion(mesh.tp_group_name, mesh.tp_size, mesh.tp_rank, parallelism.sequence_parallel)
+    compiled = is_compiled(parallelism, mesh.device)
+    region = TensorRegion(mesh.tp_group_name, mesh.tp_size, mesh.tp_rank, parallelism.sequence_parallel, compiled)
     apply_tensor_parallel(model, table, mesh.tp, region)
     model.forward = partial(_loss, model)
     decoder, head, embedding = model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
@@ -80,7 +146,8 @@ def build_model(config: Config, mesh: Mesh, first_on_node: Callable[[Callable[[]
     else:
         draw_weights(model, meta_model(config.model.architecture), config.seed, mesh.device)
     model.train()
-    return ParallelModel(model, [p for n, p in model.named_parameters() if is_gradient_summed(n, table, region.sequence_parallel)])
+    summed = [p for n, p in model.named_parameters() if is_gradient_summed(n, table, region.sequence_parallel)]
+    return ParallelModel(model, summed, parallelism, mesh)
 
 
 def _loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -85,25 +85,32 @@ class _Sum(torch.autograd.Function):
 class TensorRegion:
     """The way into and out of the part of a block whose weights are split over tp.
 
-    Between blocks the residual stream is [batch, seq / tp, hidden] with sequence parallelism and [batch, seq, hidden],
-    the same on every rank of the TP group, without; inside it is [batch, seq, hidden] either way.
+    Between blocks the residual stream is [1, batch x seq / tp, hidden] with sequence parallelism (this rank's part of all
+    tokens, row after row, so that collectives find it in one piece) and [batch, seq, hidden], the same on every rank of the
+    TP group, without; inside it is [batch, seq, hidden] either way.
     """
 
-    def __init__(self, group: str, size: int, rank: int, sequence_parallel: bool) -> None:
-        self.group, self.size, self.rank = group, size, rank
+    def __init__(self, group: str, size: int, rank: int, sequence_parallel: bool, compiled: bool = False) -> None:
+        """`compiled`: whether what works with it may be compiled."""
+        self.group, self.size, self.rank, self.compiled = group, size, rank, compiled
         self.sequence_parallel = sequence_parallel and size > 1
+        self.batch = 1  # sequences of the micro-batch under way
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """Residual stream -> whole sequence. Its gradient is summed over tp on the way back."""
+        """Residual stream -> whole sequences. Its gradient is summed over tp on the way back."""
         if self.size == 1:
             return x
-        return _GatherSequence.apply(x, self.group, self.size, 1) if self.sequence_parallel else _Enter.apply(x, self.group)
+        if not self.sequence_parallel:
+            return _Enter.apply(x, self.group)
+        return _GatherSequence.apply(x.flatten(0, 1), self.group, self.size, 0).unflatten(0, (self.batch, -1))
 
     def leave(self, partial: torch.Tensor) -> torch.Tensor:
-        """Partial sums over the whole sequence -> residual stream."""
+        """Partial sums over whole sequences -> residual stream."""
         if self.size == 1:
             return partial
-        return _ScatterSequence.apply(partial, self.group, self.size, 1) if self.sequence_parallel else _Leave.apply(partial, self.group)
+        if not self.sequence_parallel:
+            return _Leave.apply(partial, self.group)
+        return _ScatterSequence.apply(partial.flatten(0, 1), self.group, self.size, 0)[None]
 
     def gather_features(self, x: torch.Tensor) -> torch.Tensor:
         """[..., features / tp] -> [..., features], where each rank goes on with another part of them."""

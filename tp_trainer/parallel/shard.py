@@ -1,4 +1,4 @@
-"""Activation checkpointing, compile, FSDP2, in this order, on a model whose parameters are already split over tp."""
+"""Activation checkpointing, compile, FSDP2 (where dp > 1), in this order, on a model whose parameters are already split over tp."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tp_trainer.config import Parallelism
 from tp_trainer.parallel.mesh import Mesh
+from tp_trainer.parallel.overlap import compile_options
+from tp_trainer.parallel.precision import place
 
 
 def dtypes(parallelism: Parallelism, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
@@ -22,10 +24,20 @@ def dtypes(parallelism: Parallelism, device: torch.device) -> tuple[torch.dtype,
     return getattr(torch, compute), getattr(torch, parallelism.reduce_dtype or "float32")
 
 
+def is_compiled(parallelism: Parallelism, device: torch.device) -> bool:
+    return parallelism.compile if parallelism.compile is not None else device.type == "cuda"
+
+
+def is_replayed(parallelism: Parallelism, device: torch.device) -> bool:
+    """Whether micro-batches become CUDA graphs. Not without compile, where recomputation asks the device for its random state."""
+    wanted = parallelism.cuda_graphs is not False
+    return wanted and device.type == "cuda" and is_compiled(parallelism, device)
+
+
 def shard(
     model: nn.Module, layers: Sequence[nn.Module], tables: Sequence[Sequence[nn.Module]], parallelism: Parallelism, mesh: Mesh
 ) -> None:
-    """Wrap each layer and the model, in place.
+    """Wrap each layer and the model, in place; with one data-parallel rank there is nothing to shard, and no FSDP.
 
     Args:
         layers: the decoder's blocks, each one FSDP group.
@@ -36,15 +48,22 @@ def shard(
     for layer in layers:
         if parallelism.activation_checkpointing != "none":
             layer.forward = MethodType(recomputed, layer)
-        if parallelism.compile if parallelism.compile is not None else mesh.device.type == "cuda":
-            layer.compile()
+        if is_compiled(parallelism, mesh.device):
+            layer.compile(options=compile_options() if mesh.tp_size > 1 else None)
+    if mesh.dp_size == 1:
+        place(model, mesh)
+        return
     compute, reduce = dtypes(parallelism, mesh.device)
     options: dict[str, Any] = {"mesh": mesh.fsdp, "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)}
     for layer in layers:
-        fully_shard(layer, **options)
+        fully_shard(layer, **options, reshard_after_forward=parallelism.reshard_after_forward)
     for group in tables:
-        fully_shard(list(group), **options)
+        # the last group is needed again as soon as its forward pass is over
+        fully_shard(list(group), **options, reshard_after_forward=group is not tables[-1])
     fully_shard(model, **options)
+    if tables:
+        for module in tables[0]:
+            module.set_unshard_in_backward(False)  # type: ignore[operator]  # looking up takes rows; their gradient needs ids alone
 
 
 def _recomputed(selective: bool) -> Callable[..., Any]:

@@ -168,15 +168,16 @@ def _norm(module: Any, region: TensorRegion, part: Part, x: torch.Tensor) -> tor
     return (local(module.weight) * (wide * torch.rsqrt(mean + module.variance_epsilon))).to(x.dtype)
 
 
-def _first_row(weight: torch.Tensor, region: TensorRegion) -> int:
+def _first_row(vocabulary: int, region: TensorRegion) -> int:
     """The id of this rank's first row of a vocabulary-split table."""
-    return region.rank * -(-weight.shape[0] // region.size)
+    return region.rank * -(-vocabulary // region.size)
 
 
 def _embedding(module: Any, region: TensorRegion, part: Part, ids: torch.Tensor) -> torch.Tensor:
     """int64 [batch, seq] -> residual stream: each rank looks up its own rows, the sum over tp has them all"""
+    region.batch = ids.shape[0]
     weight = local(module.weight)
-    index = ids - _first_row(module.weight, region)
+    index = ids - _first_row(module.num_embeddings, region)
     mine = (index >= 0) & (index < weight.shape[0])
     rows = F.embedding(torch.where(mine, index, 0), weight)
     if module.padding_idx is not None:  # that row gets no gradient, as nn.Embedding has it
@@ -188,8 +189,8 @@ def _embedding(module: Any, region: TensorRegion, part: Part, ids: torch.Tensor)
 def _head(module: nn.Linear, region: TensorRegion, part: Part, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """residual stream, int64 [batch, seq] -> summed loss"""
     whole = region.enter(hidden if part.scale == 1.0 else hidden * part.scale).flatten(0, 1)
-    first = _first_row(module.weight, region)
-    return linear_cross_entropy(whole, local(module.weight), labels.flatten(), region, first, part.softcap)
+    first = _first_row(module.out_features, region)
+    return linear_cross_entropy(whole, local(module.weight), labels.flatten(), region, first, part.softcap, region.compiled)
 
 
 def _region(module: nn.Module, region: TensorRegion, part: Part, *args: Any, **kwargs: Any) -> Any:

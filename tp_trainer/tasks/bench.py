@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     over("data")
     optimizer = build_optimizer(config.optim, model.module.named_parameters())
     torch.manual_seed(config.seed + 1 + (node.rank if config.parallelism.sequence_parallel else mesh.dp_rank))
-    return timed_steps(config, mesh, model, optimizer, data, settings["trace"], lambda: over("first_step"))
+    with closing(model):
+        return timed_steps(config, mesh, model, optimizer, data, settings["trace"], lambda: over("first_step"))
 
 
 # ------------------------------------------------------------------------------------------------------------ the line

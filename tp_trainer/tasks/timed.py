@@ -21,9 +21,10 @@ from tp_trainer.checkpoint.store import Store
 from tp_trainer.config import RUN_LENGTH, Config, architecture, plain
 from tp_trainer.config.identity import INTERVALS
 from tp_trainer.data import Cursor, DataStream
-from tp_trainer.loop import Batch, Hooks, Position, train
+from tp_trainer.loop import Hooks, Position, train
 from tp_trainer.metrics import mfu, peak_flops, peak_memory_gib
-from tp_trainer.models.build import ParallelModel
+from tp_trainer.models.build import Batch, ParallelModel
+from tp_trainer.optim import AdamW
 from tp_trainer.parallel.agreement import STOP
 from tp_trainer.parallel.mesh import Mesh
 from tp_trainer.parallel.shard import dtypes
@@ -36,7 +37,7 @@ def timed_steps(
     config: Config,
     mesh: Mesh,
     model: ParallelModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     data: DataStream,
     trace: str,
     begun: Callable[[], None],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from tp_trainer.checkpoint.store import Store
@@ -115,10 +116,11 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     data = node.agree(lambda: open_data(
         config, tokenizer=tokenizer, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, first_on_node=node.first))  # fmt: skip
     rows = []
-    for row in compared_steps(config, mesh, model, data, tokenizer):
-        rows.append(row)
-        if node.rank == 0:
-            settings["progress"].push.remote(row)
+    with closing(model):
+        for row in compared_steps(config, mesh, model, data, tokenizer):
+            rows.append(row)
+            if node.rank == 0:
+                settings["progress"].push.remote(row)
     compute, reduce = dtypes(config.parallelism, node.device)
     return {"rows": rows, "device": node.device.type, "dtypes": [str(each).removeprefix("torch.") for each in (compute, reduce)]}
 
