@@ -132,7 +132,8 @@ def ours(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def torchtitan(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
-    for loss_parallel in (True, False) if cell.tp > 1 else (True,):
+    both = args.loss_parallel == "both" and cell.tp > 1
+    for loss_parallel in (True, False) if both else (args.loss_parallel != "off",):
         flags = (f"--training.seq_len {cell.seq} --training.local_batch_size {cell.batch} --parallelism.tensor_parallel_degree {cell.tp} "
                  f"--parallelism.data_parallel_shard_degree {cell.dp} --compile.enable --activation_checkpoint.mode none"
                  f"{'' if loss_parallel else ' --parallelism.disable_loss_parallel'}")  # fmt: skip
@@ -175,6 +176,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
     parser.add_argument("--peers", type=Path, default=ROOT / ".kit" / "peers")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one run of a program")
+    parser.add_argument("--loss-parallel", choices=("both", "on", "off"), default="both", help="torchtitan's variants")
     parser.add_argument("--ours", default="", help="more of launch.py's keys for ours, in one string")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--commit", default=commit(ROOT / "tp_trainer"), help="where the copy is not under git")

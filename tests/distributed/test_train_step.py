@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comparison import compare
-from plain_reference import FAMILIES, Reference, data_of, global_batches, mask_labels, saved, settings_of
-from rank_cases import count_operations, run_steps, trainer
+from plain_reference import FAMILIES, Reference, data_of, global_batches, mask_labels, plain_model, saved, settings_of
+from rank_cases import Watch, count_operations, run_steps, trainer
 from rank_pool import RankPool
+from torch.distributed.tensor import DTensor
 
 from tp_trainer.data import Cursor
 from tp_trainer.parallel import overlap
@@ -142,6 +144,56 @@ def collectives(settings: dict[str, Any]) -> dict[str, int]:
         if space in names and kind != "wait_tensor":
             out[f"{names[space]}.{kinds.get(kind, kind)}"] = number
     return out
+
+
+def traffic(settings: dict[str, Any]) -> dict[str, int]:
+    """Bytes that one optimizer step's collectives give, by kind as above, and the operations that go through DTensor."""
+    made = trainer(settings)
+    made.step()
+    totals: Counter[str] = Counter()
+
+    class Seen(Watch):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            totals["dtensor"] += any(issubclass(each, DTensor) for each in types)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def seen(name: str, outputs: list[torch.Tensor]) -> None:
+        space, kind = name.split(".")[:2]
+        if space in ("_c10d_functional", "c10d") and kind != "wait_tensor":
+            totals[f"{'tp' if space.startswith('_') else 'dp'}.{kind.strip('_')}"] += sum(each.nbytes for each in outputs)
+
+    update: list[int] = []
+    with Seen(seen):
+        made.step(before_clipping=lambda: update.append(totals["dtensor"]))
+    return {**totals, "dtensor": update[0]}
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(2, 2), (2, 1)])
+def test_bytes_of_collectives(ranks: RankPool, tp: int, dp: int) -> None:
+    layers, tokens = 2, 4 * 64
+    settings = settings_of(FAMILIES["llama"], tp, dp, train={"micro_batch_size": 4, "global_batch_size": 4 * dp})
+    architecture = FAMILIES["llama"]
+    model = trainer_size(architecture)
+    for got in ranks.run(tp * dp, traffic, settings):
+        stream = tokens * architecture["hidden_size"] * 4  # the whole residual stream of a micro-batch
+        assert got.pop("tp.all_gather_into_tensor") == 2 * (2 * layers + 1) * stream
+        assert got.pop("tp.reduce_scatter_tensor") == 2 * (2 * layers + 1) * stream // tp
+        assert got.pop("tp.all_reduce") == 3 * 4 * tokens  # of the loss: the maximum; the sum and the logit at the label
+        # forward and backward pass work with local tensors; FSDP's parameters that are split over tp are DTensors, left once
+        assert got.pop("dtensor") == (7 * layers + 2 if dp > 1 else 0)
+        if dp > 1:
+            once, twice = model["tables"], model["layers"]  # embedding and head are gathered for the forward pass alone
+            assert got.pop("dp.allgather_base") == pytest.approx(4 * (once + 2 * twice) / tp, rel=0.02)
+            assert got.pop("dp.reduce_scatter_base") == pytest.approx(4 * (once + twice) / tp / dp, rel=0.02)
+        assert got.pop("dp.allreduce") < 4 * 2 * 64 * 10  # norms' gradients, and numbers
+        assert not got
+
+
+def trainer_size(architecture: dict[str, Any]) -> dict[str, int]:
+    """Parameters of plain transformers' model: in the layers, and outside them."""
+    sizes = {name: p.numel() for name, p in plain_model(architecture).named_parameters()}
+    layers = sum(size for name, size in sizes.items() if ".layers." in name)
+    return {"layers": layers, "tables": sum(sizes.values()) - layers}
 
 
 @pytest.mark.parametrize("layers", [2, 4])

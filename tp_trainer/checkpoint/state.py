@@ -358,7 +358,9 @@ def _shown(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
 
 
 def _create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer has no state before its first step: take one with zero gradients and lr 0, which changes nothing."""
+    """torch's optimizers have no state before their first step: take one with zero gradients and lr 0, which changes nothing."""
+    if optimizer.state:
+        return
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tp_trainer.models.weights import draw_weights, find_weights, read_weights
 from tp_trainer.parallel import attention
 from tp_trainer.parallel.collectives import TensorRegion
 from tp_trainer.parallel.mesh import Mesh
-from tp_trainer.parallel.precision import LocalCopies, ShardCopies
+from tp_trainer.parallel.precision import ComputeCopies
 from tp_trainer.parallel.replay import MicroStep
 from tp_trainer.parallel.shard import dtypes, is_compiled, is_replayed, shard
 from tp_trainer.parallel.tensor import apply_tensor_parallel
@@ -38,9 +39,10 @@ class ParallelModel:
         self.module, self.summed_over_tp = module, summed_over_tp
         self.parameters: list[nn.Parameter] = list(module.parameters())
         self.dp_size = mesh.dp_size
-        compute, _ = dtypes(parallelism, mesh.device)
-        low = set(self.parameters) - set(summed_over_tp) if mesh.device.type == "cuda" else set[nn.Parameter]()
-        self.copies = LocalCopies(module, compute, low) if mesh.dp_size == 1 else ShardCopies(module, compute, mesh)
+        self.copies = None
+        if mesh.dp_size == 1:
+            low = set(self.parameters) - set(summed_over_tp) if mesh.device.type == "cuda" else set[nn.Parameter]()
+            self.copies = ComputeCopies(module, dtypes(parallelism, mesh.device)[0], low)
         self.micro_step = MicroStep(self._forward_backward, self.parameters, is_replayed(parallelism, mesh.device))
         self.before_pass: Callable[[], object] = lambda: None  # called before each pass over the model
 
@@ -57,7 +59,7 @@ class ParallelModel:
             gradients are added to what the parameters have; FSDP averages them over dp, which is made up for here.
         """
         self.before_pass()
-        if index == 0:
+        if index == 0 and self.copies is not None:
             self.copies.refresh()
             self.copies.adding = of > 1
         return self.micro_step(*self._on_device(batch), count, first=index == 0)
@@ -65,9 +67,10 @@ class ParallelModel:
     def loss(self, batch: Batch) -> torch.Tensor:
         """The loss summed over a micro-batch's label tokens, float32 scalar."""
         self.before_pass()
-        self.changed()
-        self.copies.refresh()
-        with self.copies.installed():
+        if self.copies is not None:
+            self.copies.fresh = False
+            self.copies.refresh()
+        with self._installed():
             loss = self.module(*self._on_device(batch))
         for module in self.module.modules():
             if isinstance(module, FSDPModule):  # what isn't freed after the forward pass waits for a backward pass
@@ -86,14 +89,18 @@ class ParallelModel:
 
     def changed(self, copies_too: bool = False) -> None:
         """To be called when parameters were written to; `copies_too`: and their compute_copy, where they have one."""
-        self.copies.fresh = copies_too
+        if self.copies is not None:
+            self.copies.fresh = copies_too
 
     @property
     def device(self) -> torch.device:
         return self.parameters[0].device
 
+    def _installed(self) -> AbstractContextManager[None]:
+        return self.copies.installed() if self.copies is not None else nullcontext()
+
     def _forward_backward(self, input_ids: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        with self.copies.installed():
+        with self._installed():
             loss = self.module(input_ids, labels) / count
             (loss * self.dp_size).backward()
         return loss.detach()

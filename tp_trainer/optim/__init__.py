@@ -18,7 +18,7 @@ __all__ = ["AdamW", "Guard", "build_optimizer", "learning_rate", "set_learning_r
 
 
 def build_optimizer(optim: Optim, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> AdamW:
-    """Fused AdamW. Matrices decay; norms and biases (one dimension) don't.
+    """Fused AdamW, its state allocated. Matrices decay; norms and biases (one dimension) don't.
 
     Parameters on different meshes can't go through one fused call: a group each.
     """
@@ -26,10 +26,12 @@ def build_optimizer(optim: Optim, named_parameters: Iterable[tuple[str, nn.Param
     for _, parameter in named_parameters:
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((parameter.ndim > 1, mesh), []).append(parameter)
-    return AdamW(
+    optimizer = AdamW(
         [{"params": params, "weight_decay": optim.weight_decay if decays else 0.0} for (decays, _), params in groups.items()],
         lr=optim.lr or 0.0, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True,
     )  # fmt: skip
+    optimizer.allocate()
+    return optimizer
 
 
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:

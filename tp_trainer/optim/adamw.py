@@ -29,6 +29,15 @@ class AdamW(torch.optim.AdamW):
     wrote_copies = False  # whether the last step wrote them
 
     @torch.no_grad()
+    def allocate(self) -> None:
+        """Make the state, all zero. Before the first pass over the model it lies close; later it would lie scattered among activations."""
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            self.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter),
+            }  # fmt: skip
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         self.wrote_copies = False
@@ -44,10 +53,6 @@ class AdamW(torch.optim.AdamW):
     def _step_group(self, group: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:
         device, (beta1, beta2) = parameters[0].device, group["betas"]
         states = [self.state[parameter] for parameter in parameters]
-        for parameter, state in zip(parameters, states, strict=True):
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         one = torch.ones((), device=device)
         skip = self.found_inf if self.found_inf is not None else 1 - one
         scale = self.grad_scale if self.grad_scale is not None else one

@@ -28,7 +28,7 @@ def _reduce_scatter(x: torch.Tensor, group: str, size: int, dim: int) -> torch.T
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(stacked.contiguous(), "sum", size, group))
 
 
-class _GatherSequence(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: str, size: int, dim: int) -> torch.Tensor:
         ctx.group, ctx.size, ctx.dim = group, size, dim
@@ -39,15 +39,15 @@ class _GatherSequence(torch.autograd.Function):
         return _reduce_scatter(grad, ctx.group, ctx.size, ctx.dim), None, None, None
 
 
-class _ScatterSequence(torch.autograd.Function):
+class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: str, size: int, dim: int) -> torch.Tensor:
-        ctx.group, ctx.size, ctx.dim = group, size, dim
-        return _reduce_scatter(x, group, size, dim)
+    def forward(ctx: Any, x: torch.Tensor, group: str, size: int) -> torch.Tensor:
+        ctx.group, ctx.size = group, size
+        return _reduce_scatter(x, group, size, 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _all_gather(grad, ctx.group, ctx.size, ctx.dim), None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _all_gather(grad, ctx.group, ctx.size, 0), None, None
 
 
 class _Enter(torch.autograd.Function):
@@ -102,7 +102,7 @@ class TensorRegion:
             return x
         if not self.sequence_parallel:
             return _Enter.apply(x, self.group)
-        return _GatherSequence.apply(x.flatten(0, 1), self.group, self.size, 0).unflatten(0, (self.batch, -1))
+        return _Gather.apply(x, self.group, self.size, 0).view(self.batch, -1, x.shape[-1])
 
     def leave(self, partial: torch.Tensor) -> torch.Tensor:
         """Partial sums over whole sequences -> residual stream."""
@@ -110,11 +110,11 @@ class TensorRegion:
             return partial
         if not self.sequence_parallel:
             return _Leave.apply(partial, self.group)
-        return _ScatterSequence.apply(partial.flatten(0, 1), self.group, self.size, 0)[None]
+        return _Scatter.apply(partial.reshape(self.size, -1, partial.shape[-1]), self.group, self.size)
 
     def gather_features(self, x: torch.Tensor) -> torch.Tensor:
         """[..., features / tp] -> [..., features], where each rank goes on with another part of them."""
-        return x if self.size == 1 else _GatherSequence.apply(x, self.group, self.size, -1)
+        return x if self.size == 1 else _Gather.apply(x, self.group, self.size, -1)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over tp, where each rank goes on with it in its own way: gradients are summed as well."""

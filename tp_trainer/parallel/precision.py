@@ -1,15 +1,13 @@
-"""Copies of the parameters in the dtype of compute, kept from one step to the next.
+"""Mixed precision where dp is 1 and nothing is sharded: what FSDP2 does for the other layouts, without its hooks and copies.
 
-The parameters stay float32 DTensors for storage, optimizer and checkpoint. FSDP2 casts them anew for each all-gather; from a
-copy, which our optimizer writes along, it only moves them. Where dp is 1 nothing is sharded: there a pass over the model runs
-with plain local tensors in the parameters' place, without FSDP's hooks and copies.
+The parameters stay float32 DTensors for storage, optimizer and checkpoint. A pass over the model runs with plain local tensors
+in their place: copies in the dtype of compute, which our optimizer writes along, or, in float32, the same memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,70 +33,7 @@ def place(model: nn.Module, mesh: Mesh) -> None:
             setattr(module, key, placed[id(parameter)])
 
 
-class Copies:
-    """Of this rank's part of each parameter."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.adding = False  # whether a step has several micro-batches; their gradients are added up in float32
-        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []  # (copy, parameter), of those with another dtype
-        self.fresh = False  # whether they are what the parameters are
-
-    def add(self, parameter: nn.Parameter, own: torch.Tensor) -> torch.Tensor:
-        """A copy of `own`, the parameter's local part; the same memory where that has the dtype already."""
-        copy = own.detach().to(self.dtype)
-        if self.dtype != own.dtype:
-            parameter.compute_copy = copy  # type: ignore[attr-defined]  # for an optimizer that writes it along
-            self.pairs.append((copy, own.detach()))
-        return copy
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Take over what the parameters are now, unless they are known to be the same."""
-        if self.pairs and not self.fresh:
-            copies, parameters = zip(*self.pairs, strict=True)
-            torch._foreach_copy_(copies, parameters)
-        self.fresh = True
-
-    def installed(self) -> AbstractContextManager[None]:
-        """The model's passes, forward and backward, belong in here."""
-        return nullcontext()
-
-
-class ShardCopies(Copies):
-    """What FSDP2 gathers instead of its shards, by its own extension for that: fsdp_pre_all_gather and fsdp_post_all_gather."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype, mesh: Mesh) -> None:
-        """`model`: with weights, wrapped, before its first pass."""
-        super().__init__(dtype)
-        for parameter in model.parameters():
-            assert isinstance(parameter, DTensor)
-            own: Any = parameter._local_tensor  # the very tensor that FSDP looks at
-            if own.dtype != dtype and own.shape[0] == _padded_rows(parameter, mesh):  # a shorter shard FSDP casts and pads itself
-                own.fsdp_pre_all_gather, own.fsdp_post_all_gather = partial(_before_gather, self.add(parameter, own)), _after_gather
-
-
-def _padded_rows(parameter: DTensor, mesh: Mesh) -> int:
-    """The rows of the longest shard of what this rank's TP rank has of the parameter."""
-    rows = parameter.shape[0]
-    if "tp" in (parameter.device_mesh.mesh_dim_names or ()) and parameter.placements[-1].is_shard(0):
-        longest = -(-rows // mesh.tp_size)
-        rows = max(0, min(longest, rows - mesh.tp_rank * longest))
-    return -(-rows // mesh.full["dp"].size())
-
-
-def _before_gather(copy: torch.Tensor, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[torch.Tensor], None]:
-    return (copy,), None
-
-
-def _after_gather(
-    outputs: tuple[torch.Tensor, ...], metadata: None, dtype: torch.dtype, *, out: torch.Tensor | None = None
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
-    """What was gathered is the parameter."""
-    return (outputs[0], outputs) if out is None else None
-
-
-class LocalCopies(Copies):
+class ComputeCopies:
     """What the model computes with instead of its parameters. A gradient goes to its parameter as soon as it is formed."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, low: Set[nn.Parameter]) -> None:
@@ -107,8 +42,10 @@ class LocalCopies(Copies):
             model: with weights, its parameters float32 DTensors.
             low: parameters whose gradient stays in the dtype of compute where nothing is added to it; for an optimizer that takes it.
         """
-        super().__init__(dtype)
-        self.low = low
+        self.dtype, self.low = dtype, low
+        self.adding = False  # whether a step has several micro-batches; their gradients are added up in float32
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []  # (copy, parameter), of those with another dtype
+        self.fresh = False  # whether they are what the parameters are
         self.slots: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, nn.Parameter]] = []
         copies: dict[int, nn.Parameter] = {}
         for module in model.modules():
@@ -119,10 +56,13 @@ class LocalCopies(Copies):
 
     def _copy(self, parameter: nn.Parameter) -> nn.Parameter:
         assert isinstance(parameter, DTensor)
-        own = parameter.to_local()
-        copy = nn.Parameter(self.add(parameter, own), requires_grad=parameter.requires_grad)
+        own = parameter.to_local().detach()
+        copy = nn.Parameter(own.to(self.dtype), requires_grad=parameter.requires_grad)
+        if self.dtype != own.dtype:
+            parameter.compute_copy = copy.detach()  # type: ignore[attr-defined]  # for an optimizer that writes it along
+            self.pairs.append((copy.detach(), own))
         if parameter in self.low:
-            parameter.grad_dtype = None  # any
+            parameter.grad_dtype = None  # type: ignore[attr-defined]  # any
 
         def hand_over(copy: torch.Tensor) -> None:
             gradient, copy.grad = copy.grad, None
@@ -139,8 +79,17 @@ class LocalCopies(Copies):
         copy.register_post_accumulate_grad_hook(hand_over)
         return copy
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over what the parameters are now, unless they are known to be the same."""
+        if self.pairs and not self.fresh:
+            copies, parameters = zip(*self.pairs, strict=True)
+            torch._foreach_copy_(copies, parameters)
+        self.fresh = True
+
     @contextmanager
     def installed(self) -> Iterator[None]:
+        """The model's passes, forward and backward, belong in here."""
         for parameters, key, _, copy in self.slots:
             parameters[key] = copy
         try:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from tp_trainer.config import Unrecoverable
+
 WARM_UP = 3  # steps before the capture, in which compilers, FSDP and NCCL set themselves up
 
 Pass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -70,8 +72,14 @@ class MicroStep:
         graph = torch.cuda.CUDAGraph()
         pool = None if first else self.graphs[True][0].pool()  # never at the same time as the first one's
         # other threads (a checkpoint being written, NCCL's watchdog) go on with what a capture forbids
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            loss = self.run(*self.inputs)
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                loss = self.run(*self.inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what the model, or this release of torch, does in a pass
+            reason = str(error).strip().splitlines()[0]
+            raise Unrecoverable(f"the micro-batch can't be captured as a CUDA graph ({reason}); give parallelism.cuda_graphs=false") from error
         self.graphs[first] = graph, loss
         if first:
             self.gradients = [parameter.grad for parameter in self.parameters]
