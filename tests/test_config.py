@@ -150,6 +150,8 @@ def test_the_derived_name_stays_whatever_the_place_and_the_length(change: dict[s
         ({"optim__betas": [0.9]}, "optim.betas=[0.9]: must be two numbers"),
         ({"optim__schedule": "wsd", "optim__decay_steps": 9, "optim__warmup_steps": 2, "train__max_steps": 10}, "optim.decay_steps=9:"),
         ({"parallelism__dp_replicate": 2, "parallelism__dp": 3}, "parallelism.dp_replicate=2: must divide parallelism.dp=3; allowed: 1, 3"),
+        ({"parallelism__cuda_graphs": True, "parallelism__compile": False}, "parallelism.cuda_graphs=true: needs parallelism.compile"),
+        ({"parallelism__cuda_graphs": True, "cluster__device": "cpu"}, "parallelism.cuda_graphs=true: needs GPUs"),
         ({"parallelism__tp": 16}, "degrees that do: 1, 2, 4, 8"),
         ({"model__overrides": {"num_attention_heads": 12, "hidden_size": 96}, "parallelism__tp": 8}, "12 heads"),
         ({"model__overrides": {"num_experts": 8}}, "mixture of 8 experts"),
