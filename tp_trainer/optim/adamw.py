@@ -41,14 +41,20 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         self.wrote_copies = False
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters or triton is None or not all(p.is_cuda and p.dtype == torch.float32 for p in parameters):
-                super().step()
-                return
-        for group in self.param_groups:
-            self._step_group(group, [parameter for parameter in group["params"] if parameter.grad is not None])
+        groups = [(group, [each for each in group["params"] if each.grad is not None]) for group in self.param_groups]
+        if triton is None or not all(each.is_cuda and each.dtype == torch.float32 for _, parameters in groups for each in parameters):
+            self._step_as_torch_does()
+            return
+        for group, parameters in groups:
+            if parameters:
+                self._step_group(group, parameters)
         self.wrote_copies = True
+
+    def _step_as_torch_does(self) -> None:
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
+                parameter.grad = parameter.grad.to(parameter.dtype)
+        super().step()
 
     def _step_group(self, group: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:
         device, (beta1, beta2) = parameters[0].device, group["betas"]
