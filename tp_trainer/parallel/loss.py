@@ -7,6 +7,8 @@ and gradients are formed in the forward pass, while the chunk's logits are there
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,13 +59,13 @@ class _CompiledPasses(_Passes):
     """The same, each pass one kernel that reads the logits as they came, in low precision, and writes nothing as large but slopes."""
 
     def peak(self) -> torch.Tensor:
-        return _compiled_peak(self.logits, self.softcap)
+        return _compiled(_peak)(self.logits, self.softcap)
 
     def sums(self, peak: torch.Tensor) -> torch.Tensor:
-        return _compiled_sums(self.logits, peak, self.local, self.mine, self.softcap)
+        return _compiled(_sums)(self.logits, peak, self.local, self.mine, self.softcap)
 
     def slopes(self, peak: torch.Tensor, total: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        return _compiled_slopes(self.logits, peak, counts / total, self.local, self.mine, self.softcap)
+        return _compiled(_slopes)(self.logits, peak, counts / total, self.local, self.mine, self.softcap)
 
 
 def _peak(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -84,7 +86,10 @@ def _slopes(
     return (slopes if softcap is None else slopes * (1 - (capped / softcap).square())).to(logits.dtype)
 
 
-_compiled_peak, _compiled_sums, _compiled_slopes = (torch.compile(each, dynamic=False) for each in (_peak, _sums, _slopes))
+@cache
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Not before it is wanted: the compiler takes more than a second to import."""
+    return torch.compile(function, dynamic=False)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

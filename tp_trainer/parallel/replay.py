@@ -79,7 +79,8 @@ class MicroStep:
             raise
         except RuntimeError as error:  # what the model, or this release of torch, does in a pass
             reason = str(error).strip().splitlines()[0]
-            raise Unrecoverable(f"the micro-batch can't be captured as a CUDA graph ({reason}); give parallelism.cuda_graphs=false") from error
+            what = f"the micro-batch can't be captured as a CUDA graph ({reason}); give parallelism.cuda_graphs=false"
+            raise Unrecoverable(what) from error
         self.graphs[first] = graph, loss
         if first:
             self.gradients = [parameter.grad for parameter in self.parameters]
