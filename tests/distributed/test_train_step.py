@@ -210,6 +210,7 @@ def test_number_of_collectives(ranks: RankPool, layers: int) -> None:
     }] * 4  # fmt: skip
 
 
-def test_number_of_collectives_without_tensor_parallelism(ranks: RankPool) -> None:
-    settings = settings_of(FAMILIES["qwen2"], 1, 2, train={"micro_batch_size": 4})
-    assert ranks.run(2, collectives, settings) == [{"dp.all_gather": 2 * 2 + 2, "dp.reduce_scatter": 2 + 2, "dp.all_reduce": 3}] * 2
+@pytest.mark.parametrize(("reshard", "gathers"), [(True, 2 * 2 + 2), (False, 2 + 2)])
+def test_number_of_collectives_without_tensor_parallelism(ranks: RankPool, reshard: bool, gathers: int) -> None:
+    settings = settings_of(FAMILIES["qwen2"], parallelism={"dp": 2, "tp": 1, "reshard_after_forward": reshard}, train={"micro_batch_size": 4})
+    assert ranks.run(2, collectives, settings) == [{"dp.all_gather": gathers, "dp.reduce_scatter": 2 + 2, "dp.all_reduce": 3}] * 2
