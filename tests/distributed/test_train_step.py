@@ -212,5 +212,6 @@ def test_number_of_collectives(ranks: RankPool, layers: int) -> None:
 
 @pytest.mark.parametrize(("reshard", "gathers"), [(True, 2 * 2 + 2), (False, 2 + 2)])
 def test_number_of_collectives_without_tensor_parallelism(ranks: RankPool, reshard: bool, gathers: int) -> None:
-    settings = settings_of(FAMILIES["qwen2"], parallelism={"dp": 2, "tp": 1, "reshard_after_forward": reshard}, train={"micro_batch_size": 4})
+    parallelism = {"tp": 1, "dp": 2, "reshard_after_forward": reshard}
+    settings = settings_of(FAMILIES["qwen2"], parallelism=parallelism, train={"micro_batch_size": 4})
     assert ranks.run(2, collectives, settings) == [{"dp.all_gather": gathers, "dp.reduce_scatter": 2 + 2, "dp.all_reduce": 3}] * 2
