@@ -9,6 +9,7 @@ as on launch.py's command line. Prints one line of JSON per measurement; `<out>/
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -79,6 +80,7 @@ def measure(rank: int, world: int, port: int, gpu: bool, options: dict[str, str]
                    "MASTER_PORT": str(port), "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")}  # fmt: skip
     if gpu:
         torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # steps on the default one can't become graphs
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
@@ -115,7 +117,9 @@ def measure(rank: int, world: int, port: int, gpu: bool, options: dict[str, str]
                 waited_after=waited, peak_gib=peak(device), error=saved.error, notes=saved.notes)  # fmt: skip
         del checkpoints
     for settings in (first, second):
+        made.model.close()
         made = None  # type: ignore[assignment]
+        gc.collect()
         if gpu:
             torch.cuda.empty_cache()
         made = Rank(settings, device)
@@ -132,6 +136,7 @@ def measure(rank: int, world: int, port: int, gpu: bool, options: dict[str, str]
         say(what="load", layout=made.config.parallelism.layout, seconds=ended - began, verify_seconds=verified - began,
             read_seconds=ended - verified, equal=equal)  # fmt: skip
         del checkpoints
+    made.model.close()
     dist.destroy_process_group()
 
 
