@@ -174,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--cells", nargs="+", type=Cell.of, required=True)
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
-    parser.add_argument("--peers", type=Path, default=ROOT / ".kit" / "peers")
+    parser.add_argument("--peers", type=Path, default=ROOT / "peers", help="where torchtitan.sh and tutorial.py lie")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one run of a program")
     parser.add_argument("--loss-parallel", choices=("both", "on", "off"), default="both", help="torchtitan's variants")
     parser.add_argument("--ours", default="", help="more of launch.py's keys for ours, in one string")
