@@ -69,13 +69,13 @@ def test_a_program_that_fails_or_hangs_does_not_stop_the_rest(compare: Any, tmp_
                                             f"*) echo '{SAID.strip()}';; esac\n")  # fmt: skip
     (tmp_path / "tutorial.py").write_text("import time\ntime.sleep(600)\n")
     results = tmp_path / "results.jsonl"
-    arguments = ["--cells", "tp1_dp2_2048x4", "--programs", "tutorial", "torchtitan", "--limit", "4", "--commit", "abc",
+    arguments = ["--cells", "tp2_dp2_2048x4", "--programs", "tutorial", "torchtitan", "--limit", "4", "--commit", "abc",
                  "--peers", str(tmp_path), "--results", str(results)]  # fmt: skip
     assert compare.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "tp1_dp2_2048x4 tutorial, round 1: failed: not done within 4 s" in out
-    assert "tp1_dp2_2048x4 torchtitan: failed with loss parallel off: Error: no" in out
+    assert "tp2_dp2_2048x4 tutorial, round 1: failed: not done within 4 s" in out
+    assert "tp2_dp2_2048x4 torchtitan: failed with loss parallel off: Error: no" in out
     (row,) = [compare.json.loads(line) for line in results.read_text().splitlines()]
     assert {"date", "cell", "program", "tokens_per_second_per_gpu", "mfu", "peak_gib", "command", "commit"} <= set(row)
     assert (row["program"], row["loss_parallel"], row["commit"], row["peak_gib"]) == ("torchtitan", True, "abc", 45.3)
-    assert out.splitlines()[-1].startswith("| tp1_dp2_2048x4 |  | 9,048 (")
+    assert out.splitlines()[-1].startswith("| tp2_dp2_2048x4 |  | 9,048 (")
