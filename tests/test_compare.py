@@ -65,7 +65,7 @@ def test_the_table(compare: Any) -> None:
 
 def test_a_program_that_fails_or_hangs_does_not_stop_the_rest(compare: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """torchtitan.sh answers with loss parallel and fails without; tutorial.py hangs."""
-    (tmp_path / "torchtitan.sh").write_text(f"[ $GPUS = 2 ] && [ $LIMIT = 4 ] || exit 1\ncase $1 in *disable_loss*) echo Error: no;; "
+    (tmp_path / "torchtitan.sh").write_text(f"[ $GPUS = 4 ] && [ $LIMIT = 4 ] || exit 1\ncase $1 in *disable_loss*) echo Error: no;; "
                                             f"*) echo '{SAID.strip()}';; esac\n")  # fmt: skip
     (tmp_path / "tutorial.py").write_text("import time\ntime.sleep(600)\n")
     results = tmp_path / "results.jsonl"
