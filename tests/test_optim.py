@@ -91,3 +91,19 @@ def test_learning_rate_reaches_every_group() -> None:
     optimizer = build_optimizer(Optim(lr=1.0), parameters)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_the_state_is_there_before_the_first_step() -> None:
+    """Where it is made later, it lies scattered among activations; and it is what torch's own AdamW makes."""
+    matrix = torch.nn.Parameter(torch.randn(3, 4))
+    optimizer = build_optimizer(Optim(lr=0.1), [("matrix", matrix)])
+    made = {key: value.clone() for key, value in optimizer.state[matrix].items()}
+    assert set(made) == {"step", "exp_avg", "exp_avg_sq"} and not any(value.any() for value in made.values())
+    twin = torch.nn.Parameter(matrix.detach().clone())
+    theirs = torch.optim.AdamW([twin], lr=0.1, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8, fused=True)
+    for _ in range(3):
+        matrix.grad, twin.grad = torch.ones(3, 4), torch.ones(3, 4)
+        optimizer.step()
+        theirs.step()
+    assert torch.equal(matrix, twin)
+    assert {key: value.dtype for key, value in made.items()} == {key: value.dtype for key, value in theirs.state[twin].items()}
