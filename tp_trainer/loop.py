@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tp_trainer.config import Config, Train, Unrecoverable, architecture
 from tp_trainer.data import IGNORE_INDEX, Cursor, DataStream
-from tp_trainer.metrics import flops_per_token, peak_flops, peak_memory_gib
+from tp_trainer.metrics import mfu, peak_flops, peak_memory_gib
 from tp_trainer.models.build import Batch, ParallelModel
 from tp_trainer.optim import AdamW, Guard, learning_rate, set_learning_rate
 from tp_trainer.parallel.agreement import LEAVE, STOP, Agreement
@@ -70,7 +70,7 @@ def train(
         Diverged: too many steps in a row were skipped.
     """
     train, total = config.train, data.total_steps(config.train)
-    flops, peak = flops_per_token(architecture(config), config.data.seq_length or 0), peak_flops(mesh.device)
+    numbers, peak = architecture(config), peak_flops(mesh.device)
     position, loss_value, validation_loss = start, None, None
     agreement, guard = Agreement(), Guard(train, mesh.device, start.guard)
     ended: Literal["finished", "stopped", "left"] = "finished"
@@ -97,10 +97,11 @@ def train(
             now = time.perf_counter()
             seconds, tokens = now - marked, position.tokens - marked_tokens
             rate = tokens / seconds
+            each = rate / config.parallelism.world_size
             hooks.log({
                 "step": step, "epoch": cursor.epoch, "tokens": position.tokens, "loss": loss_value, "grad_norm": finite(norm), "lr": lr,
-                "tokens_per_second": rate, "tokens_per_second_per_worker": rate / config.parallelism.world_size,
-                "mfu": rate * flops / config.parallelism.world_size / peak if peak else None,
+                "tokens_per_second": rate, "tokens_per_second_per_worker": each,
+                "mfu": mfu(each, numbers, config.data.seq_length or 0, peak),
                 "memory_gib": peak_memory_gib(mesh.device), "step_seconds": seconds / (step - marked_step),
             })  # fmt: skip
             marked, marked_step, marked_tokens = now, step, position.tokens

@@ -31,9 +31,14 @@ def choices(config: Config) -> dict[str, Any]:
 def derived_name(config: Config) -> str:
     """A name that is the same for the same choices: a readable part and a hash of all that shapes the numbers."""
     digest = hashlib.sha256(json.dumps(choices(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
-    model = Path(str(config.model.name or config.model.architecture.get("_name_or_path") or config.model.architecture["model_type"])).name
     data = Path(config.data.name).stem if config.data.name else config.data.source
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model}-{data}-{config.parallelism.layout}-{digest}").lower()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model_name(config)}-{data}-{config.parallelism.layout}-{digest}").lower()
+
+
+def model_name(config: Config) -> str:
+    """A short name of the model: the last part of its hub id or directory, else its type."""
+    fields = config.model.architecture
+    return Path(str(config.model.name or fields.get("_name_or_path") or fields["model_type"])).name
 
 
 MAY_CHANGE = ("train.micro_batch_size", "train.global_batch_size")  # the batch has a check of its own

@@ -68,7 +68,6 @@ class ParallelModel:
         """The loss summed over a micro-batch's label tokens, float32 scalar."""
         self.before_pass()
         if self.copies is not None:
-            self.copies.fresh = False
             self.copies.refresh()
         with self._installed():
             loss = self.module(*self._on_device(batch))

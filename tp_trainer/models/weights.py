@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from tp_trainer.config import ConfigError
+from tp_trainer.parallel.tensor import local
 
 
 def own_slices(parameter: torch.Tensor) -> tuple[slice, ...]:
@@ -25,10 +26,6 @@ def own_slices(parameter: torch.Tensor) -> tuple[slice, ...]:
         return tuple(slice(0, n) for n in parameter.shape)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-
-
-def _own(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @torch.no_grad()
@@ -53,7 +50,7 @@ def draw_weights(model: PreTrainedModel, reference: PreTrainedModel, seed: int, 
             reference._init_weights(module)
         for name in names:
             whole = module.get_parameter(name.rpartition(".")[2])
-            _own(own[name]).copy_(whole[own_slices(own[name])])
+            local(own[name]).copy_(whole[own_slices(own[name])])
             done.add(id(own[name]))
         module.to_empty(device="meta", recurse=False)
 
@@ -101,7 +98,7 @@ def read_weights(model: PreTrainedModel, directory: Path) -> None:
                     if tuple(stored.get_shape()) != tuple(parameter.shape):
                         raise ConfigError("model.name", str(directory),
                                           f"{name} has shape {list(stored.get_shape())}, the model's is {list(parameter.shape)}")
-                    _own(parameter).copy_(stored[own_slices(parameter)])
+                    local(parameter).copy_(stored[own_slices(parameter)])
 
 
 def _files_by_tensor(directory: Path) -> dict[str, Path]:

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from tp_trainer.config import Unrecoverable
 from tp_trainer.parallel.gradients import is_split_over_tp
 from tp_trainer.parallel.mesh import Mesh
+from tp_trainer.parallel.tensor import local
 
 
 class Drifted(Unrecoverable):
@@ -43,7 +43,5 @@ def drifted(named_parameters: Iterable[tuple[str, torch.Tensor]], mesh: Mesh) ->
 
 def _checksum(parameter: torch.Tensor) -> torch.Tensor:
     """int64 scalar of the bytes of this rank's shard, each weighed by its place."""
-    local = parameter.detach()
-    local = local.to_local() if isinstance(local, DTensor) else local
-    data = local.contiguous().view(torch.uint8).flatten().long()
+    data = local(parameter.detach()).contiguous().view(torch.uint8).flatten().long()
     return (data * (torch.arange(data.numel(), device=data.device) % 65521 + 1)).sum()

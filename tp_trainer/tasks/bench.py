@@ -22,6 +22,7 @@ from typing import Any
 
 from tp_trainer.checkpoint.store import Store
 from tp_trainer.config import Config, ConfigError, architecture, load, plain
+from tp_trainer.config.identity import model_name
 from tp_trainer.driver import RunFailed, failure, fit, prepare, started
 
 LR = 1e-7  # nothing is to be learned, and nothing to diverge
@@ -123,11 +124,6 @@ def cell(config: Config) -> str:
     train, parallelism = config.train, config.parallelism
     parts = (train.global_batch_size or 0) // (train.micro_batch_size * parallelism.dp)
     return f"{parallelism.layout}_{config.data.seq_length}x{train.micro_batch_size}" + (f"_acc{parts}" if parts > 1 else "")
-
-
-def model_name(config: Config) -> str:
-    fields = config.model.architecture
-    return Path(str(config.model.name or fields.get("_name_or_path") or fields["model_type"])).name
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
