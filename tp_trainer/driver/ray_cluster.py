@@ -67,8 +67,9 @@ def connected(cluster: Cluster, needed: float) -> Iterator[None]:
     Args:
         needed: CPUs that this machine's own must have.
     """
-    # Train's controller polls workers this often, and every report waits for a poll
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    # Train's controller polls workers this often, and every report waits for a poll; ten times a second, a model that fits on a
+    # laptop takes 6 % longer to train
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about what we don't rely on

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tp_trainer.parallel.mesh import Mesh
+from tp_trainer.parallel.tensor import local
 
 
 def is_split_over_tp(parameter: torch.Tensor) -> bool:
@@ -22,10 +23,11 @@ def is_split_over_tp(parameter: torch.Tensor) -> bool:
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     """This rank's shards of the gradients (DTensor or plain), those that are empty here left out."""
-    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
     return [g for g in grads if g.numel()]
 
 
+@torch.no_grad()
 def sum_over_tp(parameters: Sequence[nn.Parameter], mesh: Mesh) -> None:
     """Add up, in place and in one all-reduce, gradients of which each rank of the TP group holds a part of the sum."""
     grads = local_gradients(parameters)
@@ -37,6 +39,7 @@ def sum_over_tp(parameters: Sequence[nn.Parameter], mesh: Mesh) -> None:
         grad.copy_(summed.view_as(grad))
 
 
+@torch.no_grad()
 def global_norm(parameters: Sequence[nn.Parameter], mesh: Mesh, loss: torch.Tensor) -> torch.Tensor:
     """The 2-norm of the whole gradient, float32 scalar, the same on all ranks; nan where any rank's loss is no number.
 
@@ -55,12 +58,12 @@ def _square(parameters: Sequence[nn.Parameter], split: bool, device: torch.devic
     grads = local_gradients(p for p in parameters if is_split_over_tp(p) is split)
     if not grads:
         return torch.zeros((), device=device)
-    # on the CPU torch adds up one number after the other: in float32 the norm of 5e7 numbers is off by 4e-3
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    if device.type == "cpu":  # torch adds up one number after the other there: at once, 5e7 numbers in float32 are off by 4e-3
+        return torch.cat([torch.linalg.vector_norm(g, dim=-1).flatten() for g in grads]).double().square().sum().float()
     norms: list[torch.Tensor] = []
     for kind in {g.dtype for g in grads}:  # one call takes one
-        norms += torch._foreach_norm([g for g in grads if g.dtype == kind], 2.0, dtype=dtype)
-    return torch.stack(norms).square().sum().float()
+        norms += torch._foreach_norm([g for g in grads if g.dtype == kind], 2.0, dtype=torch.float32)
+    return torch.stack(norms).square().sum()
 
 
 def clip_divisor(norm: torch.Tensor, limit: float) -> torch.Tensor:
