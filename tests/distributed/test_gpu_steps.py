@@ -14,6 +14,7 @@ from rank_cases import trainer
 
 from tp_trainer.loop import evaluate
 from tp_trainer.optim.adamw import AdamW
+from tp_trainer.parallel import gradient_copies
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICE = torch.device("cuda", 0)
@@ -88,3 +89,16 @@ def test_the_kernel_is_adamw() -> None:
             torch.testing.assert_close(one.state[a][key].cpu(), other.state[b][key].cpu(), rtol=1e-5, atol=1e-6)
     for each in ours[:2]:
         assert torch.equal(each.compute_copy, each.detach().to(torch.bfloat16))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_copied_as_torch_does(dtype: torch.dtype) -> None:
+    """Even ones by our kernel; uneven and strided ones are torch's."""
+    for shapes in ([(6, 50), (4000,), (2, 3, 700)], [(6, 50), (5, 3)]):
+        given = [torch.randn(shape, device=DEVICE).bfloat16() for shape in shapes]
+        width = sum(-(-each.shape[0] // 2) * each[0].numel() for each in given)
+        ours, theirs = (torch.full((2, width), 7.0, dtype=dtype, device=DEVICE) for _ in range(2))
+        gradient_copies.install()
+        torch.ops.fsdp.chunk_cat(given, dim=0, num_chunks=2, out=ours)
+        torch._chunk_cat(given, 0, 2, out=theirs)
+        assert torch.equal(ours, theirs)

@@ -24,7 +24,7 @@ def choices(config: Config) -> dict[str, Any]:
     for key in RUN_LENGTH + INTERVALS:
         del kept["train"][key]
     del kept["model"]["recipe"], kept["data"]["cache_dir"]
-    del kept["parallelism"]["cuda_graphs"], kept["parallelism"]["reshard_after_forward"]
+    del kept["parallelism"]["cuda_graphs"], kept["parallelism"]["async_tp"], kept["parallelism"]["reshard_after_forward"]
     return kept
 
 

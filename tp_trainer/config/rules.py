@@ -41,6 +41,14 @@ def check(config: Config) -> None:
     if parallelism.cuda_graphs and (parallelism.compile is False or config.cluster.device == "cpu"):
         raise ConfigError("parallelism.cuda_graphs", True,
                           f"needs {'parallelism.compile' if parallelism.compile is False else 'GPUs'}; leave it null")
+    if parallelism.async_tp:
+        needs = {
+            "parallelism.tp above 1": parallelism.tp > 1, "parallelism.sequence_parallel": parallelism.sequence_parallel,
+            "parallelism.compile": parallelism.compile or (parallelism.compile is None and config.cluster.device != "cpu"),
+        }  # fmt: skip
+        for need, given in needs.items():
+            if not given:
+                raise ConfigError("parallelism.async_tp", True, f"needs {need}; leave it null")
     if config.cluster.num_workers != parallelism.world_size:
         raise ConfigError("cluster.num_workers", config.cluster.num_workers,
                           f"must be tp x dp = {parallelism.tp} x {parallelism.dp} = {parallelism.world_size}; leave it out, it is derived")

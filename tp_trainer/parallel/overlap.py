@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tp_trainer.parallel.async_tp import AsyncTensorParallel
+
 PRODUCT_FLOPS, COLLECTIVE_BYTES = 700e12, 170e9  # a second, of large bf16 tensors on H200 (benchmarks/RESULTS.md)
 MARGIN = 2.0  # how much longer than the collective alone the products beside it are to take: ranks wait for each other
 
@@ -20,8 +22,10 @@ _c10d = torch.ops._c10d_functional
 _COLLECTIVES = (_c10d.all_gather_into_tensor, _c10d.reduce_scatter_tensor, _c10d.all_reduce)
 
 
-def compile_options() -> dict[str, Any]:
+def compile_options(async_tp: bool) -> dict[str, Any]:
     """torch.compile's options for a block with collectives."""
+    if async_tp:
+        return {"post_grad_custom_pre_pass": AsyncTensorParallel()}
     return {"reorder_for_compute_comm_overlap": True, "reorder_for_compute_comm_overlap_passes": [put_off]}
 
 

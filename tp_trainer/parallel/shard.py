@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tp_trainer.config import Parallelism
+from tp_trainer.config import ConfigError, Parallelism
+from tp_trainer.parallel import gradient_copies
+from tp_trainer.parallel.exchange import possible
 from tp_trainer.parallel.mesh import Mesh
 from tp_trainer.parallel.overlap import compile_options
 from tp_trainer.parallel.precision import place
@@ -34,6 +36,18 @@ def is_replayed(parallelism: Parallelism, device: torch.device) -> bool:
     return wanted and device.type == "cuda" and is_compiled(parallelism, device)
 
 
+def is_async_tp(parallelism: Parallelism, mesh: Mesh) -> bool:
+    """Whether products go on beside tensor parallelism's exchange; a collective. Measured at tp 2 only, and not the default elsewhere."""
+    if not (parallelism.sequence_parallel and mesh.tp_size > 1 and is_compiled(parallelism, mesh.device)):
+        return False
+    if parallelism.async_tp is False or (parallelism.async_tp is None and mesh.tp_size != 2):
+        return False
+    reached = possible(mesh.tp.get_group(), mesh.device)
+    if parallelism.async_tp and not reached and mesh.device.type == "cuda":
+        raise ConfigError("parallelism.async_tp", True, "the GPUs of a tp group don't reach one another's memory; leave it null")
+    return reached or parallelism.async_tp is True
+
+
 def shard(
     model: nn.Module, layers: Sequence[nn.Module], tables: Sequence[Sequence[nn.Module]], parallelism: Parallelism, mesh: Mesh
 ) -> None:
@@ -45,22 +59,25 @@ def shard(
             listed: they stay in the root's group, together.
     """
     recomputed = _recomputed(selective=parallelism.activation_checkpointing == "selective")
+    options = compile_options(is_async_tp(parallelism, mesh)) if mesh.tp_size > 1 else None
     for layer in layers:
         if parallelism.activation_checkpointing != "none":
             layer.forward = MethodType(recomputed, layer)
         if is_compiled(parallelism, mesh.device):
-            layer.compile(options=compile_options() if mesh.tp_size > 1 else None)
+            layer.compile(options=options)
     if mesh.dp_size == 1:
         place(model, mesh)
         return
+    if mesh.device.type == "cuda":
+        gradient_copies.install()
     compute, reduce = dtypes(parallelism, mesh.device)
-    options: dict[str, Any] = {"mesh": mesh.fsdp, "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)}
+    group_options: dict[str, Any] = {"mesh": mesh.fsdp, "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)}
     for layer in layers:
-        fully_shard(layer, **options, reshard_after_forward=parallelism.reshard_after_forward)
+        fully_shard(layer, **group_options, reshard_after_forward=parallelism.reshard_after_forward)
     for group in tables:
         # the last group is needed again as soon as its forward pass is over
-        fully_shard(list(group), **options, reshard_after_forward=group is not tables[-1])
-    fully_shard(model, **options)
+        fully_shard(list(group), **group_options, reshard_after_forward=group is not tables[-1])
+    fully_shard(model, **group_options)
     if tables:
         for module in tables[0]:
             module.set_unshard_in_backward(False)  # type: ignore[operator]  # looking up takes rows; their gradient needs ids alone
@@ -71,10 +88,11 @@ def _recomputed(selective: bool) -> Callable[..., Any]:
 
     One function for all blocks, so that torch.compile takes them for the same.
     """
-    contexts = partial(create_selective_checkpoint_contexts, _policy) if selective else noop_context_fn
+    # torch.compile knows only some context functions; the default itself, given, isn't one of them
+    options: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(partial(type(self).forward, self), *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        return checkpoint(partial(type(self).forward, self), *args, use_reentrant=False, **options, **kwargs)
 
     return forward
 

@@ -1,0 +1,80 @@
+"""Products beside the exchange, over symmetric memory, against the same by collectives and in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from tp_trainer.parallel import exchange
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+ROWS, INNER, WIDTHS = 96, 128, (160, 64)
+
+
+def check(rank: int, size: int, group: str, draw: torch.Generator) -> None:
+    """Both operators, several in a row, on other numbers each time; then the same as a graph that is replayed."""
+    device = torch.device("cuda", rank)
+    x, *weights = (torch.empty(shape, device=device) for shape in ((ROWS, INNER), *((INNER, width) for width in WIDTHS)))
+    wide = [torch.empty(size * ROWS, width, device=device) for width in WIDTHS]
+
+    def fill() -> None:
+        for each in (x, *weights, *wide):
+            each.copy_(torch.randn(each.shape, generator=draw))
+
+    def both() -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        gathered = exchange.gather_multiply(x, weights, False, size, group)
+        scattered = exchange.multiply_scatter(wide, weights, True, size, group)
+        again = exchange.gather_multiply(gathered[0][:ROWS] * 2, [each.t().contiguous() for each in weights], True, size, group)
+        return gathered, scattered, again
+
+    def all_of(tensor: torch.Tensor) -> torch.Tensor:
+        """[size, ...], float64"""
+        pieces = [torch.empty_like(tensor) for _ in range(size)]
+        dist.all_gather(pieces, tensor)
+        return torch.stack(pieces).double()
+
+    def compare(gathered: list[torch.Tensor], scattered: list[torch.Tensor], again: list[torch.Tensor]) -> None:
+        rows = all_of(x).flatten(0, 1)
+        assert torch.equal(gathered[0].double(), rows)
+        for product, weight in zip(gathered[1:], weights, strict=True):
+            torch.testing.assert_close(product.double(), rows @ weight.double(), rtol=1e-5, atol=1e-4)
+        parts = sum(all_of(each) @ all_of(weight).transpose(1, 2) for each, weight in zip(wide, weights, strict=True))
+        own = parts.sum(0)[rank * ROWS : (rank + 1) * ROWS]  # type: ignore[union-attr]
+        torch.testing.assert_close(torch.stack(scattered).double().sum(0), own, rtol=1e-5, atol=1e-4)
+        first = rows[:ROWS].repeat(size, 1) * 2
+        for product, weight in zip(again[1:], weights, strict=True):
+            torch.testing.assert_close(product.double(), first @ weight.double(), rtol=1e-5, atol=1e-4)
+
+    for _ in range(5):
+        fill()
+        compare(*both())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        results = both()
+    for _ in range(20):
+        fill()
+        graph.replay()
+        compare(*results)
+    graph.reset()
+
+
+def ranks(rank: int, size: int, store: str) -> None:
+    torch.cuda.set_device(rank)
+    torch.cuda.set_stream(torch.cuda.Stream())
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    draw = torch.Generator().manual_seed(rank)
+    group = dist.distributed_c10d._get_default_group()
+    assert exchange.possible(group, torch.device("cuda", rank))
+    check(rank, size, group.group_name, draw)
+    exchange.close()
+    torch.cuda.synchronize()
+    dist.destroy_process_group()
+
+
+def test_exchange_beside_products(tmp_path: Path) -> None:
+    size = torch.cuda.device_count()
+    multiprocessing.spawn(ranks, (size, str(tmp_path / "store")), nprocs=size)
