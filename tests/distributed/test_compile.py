@@ -46,7 +46,8 @@ BOTH = {"tp": 2, "dp": 2}
 @pytest.mark.parametrize(
     ("family", "parallelism"),
     [("qwen2", BOTH), ("qwen2", {"tp": 1, "dp": 2}), ("qwen2", {"tp": 2, "dp": 1, "activation_checkpointing": "selective"}),
-     ("phi3", BOTH), ("one_kv_head", BOTH), ("olmo2", BOTH), ("qwen3", BOTH)],
+     ("qwen2", {"tp": 2, "dp": 1, "activation_checkpointing": "full"}), ("phi3", BOTH), ("one_kv_head", BOTH), ("olmo2", BOTH),
+     ("qwen3", BOTH)],
 )  # fmt: skip
 def test_one_graph_serves_all_layers(ranks: RankPool, family: str, parallelism: dict[str, Any]) -> None:
     def of(layers: int, compiled: bool) -> tuple[int, int, list[tuple[float, float]]]:

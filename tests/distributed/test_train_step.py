@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from tp_trainer.data import Cursor
 from tp_trainer.parallel import overlap
+from tp_trainer.parallel.async_tp import AsyncTensorParallel
 
 
 @pytest.mark.parametrize("micro", [2, 8])
@@ -101,9 +102,9 @@ def compiled_steps(settings: dict[str, Any], steps: int) -> dict[str, Any]:
         orders.append([str(name).rpartition(".")[2] for node in nodes if (name := overlap._operation(node)) is not None])
         return nodes
 
-    with pytest.MonkeyPatch.context() as patch:
+    # what comes from a cache is not ordered anew
+    with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(force_disable_caches=True):
         patch.setattr(overlap, "put_off", seen)
-        patch.setattr(torch._inductor.config, "force_disable_caches", True)  # what comes from there is not ordered anew
         out = run_steps(settings, steps)
     out["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     out["orders"] = orders
@@ -122,6 +123,38 @@ def test_compile_changes_no_number(ranks: RankPool, models: Path) -> None:
     assert len(begun) == 2 and all(backward[i + 1] == "mm" for i in begun), "a weight's gradient is formed while it is under way"
     alone = [i for i, name in enumerate(backward[:-1]) if name.endswith("_tensor") and backward[i + 1] == "wait_tensor"]
     assert len(alone) == 2, "the gathers: no product is due there, with tensors as small as these all have been done"
+    compare(results, Reference(settings).run(global_batches(settings, 3)))
+
+
+def rewritten_steps(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What `run_steps` gives; besides the exchanges in each graph, forward and backward."""
+    torch._dynamo.reset()
+    rewrite, found = AsyncTensorParallel.__call__, []
+
+    def seen(self: AsyncTensorParallel, graph: torch.fx.Graph) -> None:
+        rewrite(self, graph)
+        graph.lint()
+        names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+        found.append(Counter(name.split(".")[-2] for name in names if name.startswith(("tp_trainer", "_c10d")) and "wait" not in name))
+
+    with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(force_disable_caches=True):
+        patch.setattr(AsyncTensorParallel, "__call__", seen)
+        out = run_steps(settings, steps)
+    torch._dynamo.reset()
+    return {**out, "exchanges": found}
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("family", "tp", "left"),
+    [("qwen2", 2, 0), ("llama", 4, 0), ("phi3", 2, 2)],  # biases; two views of what is gathered; fused ones gather their outputs too
+)
+def test_exchange_and_products_become_one(ranks: RankPool, models: Path, family: str, tp: int, left: int) -> None:
+    settings = settings_of(saved(models, family), parallelism={"tp": tp, "dp": 1, "compile": True, "async_tp": True})
+    results = ranks.run(tp, rewritten_steps, settings, 3, timeout=400)
+    forward, backward = results[0]["exchanges"][:2]
+    assert forward == Counter(gather_multiply=2, multiply_scatter=2, all_gather_into_tensor=left)
+    assert backward == Counter(gather_multiply=2, multiply_scatter=2, reduce_scatter_tensor=left)
     compare(results, Reference(settings).run(global_batches(settings, 3)))
 
 
