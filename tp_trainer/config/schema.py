@@ -189,6 +189,9 @@ class Verify:
     steps: int = setting(5, "task=verify: optimizer steps that are compared", least=1)
     layers: int | None = setting(2, "decoder layers of the compared model; null = all", least=1)
     lr: float = setting(1e-5, "learning rate of the compared steps", least=0)
+    reference_dtype: str | None = setting(
+        None, "dtype of the one process's compute; null = the run's. float64 tells whose rounding it is", one_of=("float32", "float64")
+    )
     tolerance: float | None = setting(
         None, "relative difference of the loss that passes; null = 1e-6 in float32, 2e-3 in lower precision", above=0
     )

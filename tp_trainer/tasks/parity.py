@@ -76,7 +76,9 @@ def _reference(config: Config, mesh: Mesh, model: ParallelModel, tokenizer: str)
                 save_file({name: whole.cpu().contiguous()}, folder / f"{number:06d}.safetensors")
         if folder is None:
             return None
-        return Reference(config, folder, tokenizer, dtypes(config.parallelism, mesh.device)[0], mesh.device)
+        given = config.verify.reference_dtype
+        dtype = getattr(torch, given) if given else dtypes(config.parallelism, mesh.device)[0]
+        return Reference(config, folder, tokenizer, dtype, mesh.device)
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

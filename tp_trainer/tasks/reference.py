@@ -2,6 +2,7 @@
 
 Precision: parameters and AdamW's moments are float32. Under a lower compute dtype the forward and backward pass run
 with a cast copy of the parameters (what FSDP2's mixed precision does too), and gradients arrive and add up in float32.
+Under float64 the products and sums are; norms, softmax and rotary angles stay float32, as transformers has them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Reference:
             ids, labels = batch["input_ids"].to(self.device), batch["labels"].to(self.device)
             cast = {name: parameter.to(self.dtype) for name, parameter in self.parameters.items()}
             logits = torch.func.functional_call(self.model, cast, (), {"input_ids": ids, "use_cache": False}).logits
-            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / count
+            wide = logits.to(torch.promote_types(self.dtype, torch.float32)).flatten(0, 1)
+            loss = F.cross_entropy(wide, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / count
             loss.backward()
             total += loss.item()
         return total
