@@ -73,6 +73,7 @@ def test_the_kernel_is_adamw() -> None:
         each.compute_copy = torch.zeros_like(each, dtype=torch.bfloat16)  # type: ignore[attr-defined]
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
     one, other = AdamW(ours, fused=True, **options), torch.optim.AdamW(theirs, **options)
+    one.allocate()
     for number in range(10):
         skipped = number == 4
         one.grad_scale, one.found_inf = torch.tensor(2.0, device=DEVICE), torch.tensor(float(skipped), device=DEVICE)
