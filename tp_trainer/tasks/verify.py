@@ -28,6 +28,8 @@ class Tolerances:
 
 
 FULL, REDUCED = Tolerances(1e-6, 1e-5, 1e-5), Tolerances(2e-3, None, None)
+# of real widths, whose sums are long: plain transformers in float32 is itself 1.6e-5 from float64 (Llama-3-8B's, RESULTS.md)
+FULL_ON_GPU = dataclasses.replace(FULL, gradient_at_step_1=5e-5)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def run(config: Config) -> dict[str, Any]:
         raise RunFailed(failure(error, store))
     assert result is not None
     rows = result["rows"]
-    tolerances = tolerances_for(config, result["dtypes"])
+    tolerances = tolerances_for(config, result["dtypes"], result["device"])
     faults = judge(rows, tolerances)
     summary = {
         "status": "failed" if faults else "passed", "faults": faults, "tolerances": dataclasses.asdict(tolerances),
@@ -128,9 +130,10 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- the verdict
 
 
-def tolerances_for(config: Config, dtypes: Sequence[str]) -> Tolerances:
+def tolerances_for(config: Config, dtypes: Sequence[str], device: str) -> Tolerances:
     """`dtypes`: of compute and of gradient reduction."""
-    tolerances = FULL if set(dtypes) == {"float32"} else REDUCED
+    full = FULL_ON_GPU if device == "cuda" else FULL
+    tolerances = full if set(dtypes) == {"float32"} else REDUCED
     return dataclasses.replace(tolerances, loss=config.verify.tolerance or tolerances.loss)
 
 
