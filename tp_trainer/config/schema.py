@@ -60,7 +60,7 @@ class Parallelism:
     activation_checkpointing: str = setting("none", "recompute activations in the backward pass", one_of=("none", "full", "selective"))
     compile: bool | None = setting(None, "torch.compile each block; null = on GPUs")
     cuda_graphs: bool | None = setting(None, "replay micro-batches as CUDA graphs; null = on GPUs, with compile")
-    async_tp: bool | None = setting(None, "multiply beside tp's exchange; null = with compile, tp 2, GPUs that reach one another")
+    async_tp: bool | None = setting(None, "multiply beside tp's exchange; null = at tp2_dp1, with compile, on GPUs that reach one another")
     reshard_after_forward: bool = setting(True, "free a block's parameters until its backward pass; false = gathered once, more memory")
     param_dtype: str | None = setting(None, "dtype of compute; null = bfloat16 on GPUs, float32 on CPU", one_of=DTYPES)
     reduce_dtype: str | None = setting(None, "dtype of gradient reduction; null = float32", one_of=DTYPES)

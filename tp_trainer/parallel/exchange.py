@@ -161,8 +161,12 @@ def possible(group: dist.ProcessGroup, device: torch.device) -> bool:
         return False
     where: list[tuple[str, int]] = [("", 0)] * dist.get_world_size(group)
     dist.all_gather_object(where, (_boot_id(), device.index), group=group)
-    others = [index for _, index in where if index != device.index]
-    own = len({host for host, _ in where}) == 1 and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
+    others = {index for _, index in where} - {device.index}
+    own = (
+        len({host for host, _ in where}) == 1
+        and len(others) == len(where) - 1  # each sees the others' GPUs, not only its own
+        and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
+    )
     answers: list[bool] = [False] * len(where)
     dist.all_gather_object(answers, own, group=group)
     return all(answers)

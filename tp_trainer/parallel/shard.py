@@ -37,10 +37,10 @@ def is_replayed(parallelism: Parallelism, device: torch.device) -> bool:
 
 
 def is_async_tp(parallelism: Parallelism, mesh: Mesh) -> bool:
-    """Whether products go on beside tensor parallelism's exchange; a collective. Measured at tp 2 only, and not the default elsewhere."""
+    """Whether products go on beside tensor parallelism's exchange; a collective. Run at tp2_dp1 only, and not the default elsewhere."""
     if not (parallelism.sequence_parallel and mesh.tp_size > 1 and is_compiled(parallelism, mesh.device)):
         return False
-    if parallelism.async_tp is False or (parallelism.async_tp is None and mesh.tp_size != 2):
+    if parallelism.async_tp is False or (parallelism.async_tp is None and (mesh.tp_size, mesh.dp_size) != (2, 1)):
         return False
     reached = possible(mesh.tp.get_group(), mesh.device)
     if parallelism.async_tp and not reached and mesh.device.type == "cuda":
