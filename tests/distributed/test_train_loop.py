@@ -169,3 +169,19 @@ def test_evaluation_is_the_mean_over_the_validation_labels(ranks: RankPool, mode
     for tp, dp, batches in ((1, 1, 22), (1, 4, 6), (2, 2, 11)):
         results = ranks.run(tp * dp, run_evaluate, {**settings, "parallelism": {"tp": tp, "dp": dp}})
         assert results == [(pytest.approx(expected, rel=1e-6), batches)] * (tp * dp)
+
+
+def passes(settings: dict[str, Any]) -> tuple[list[bool], int]:
+    """Of a step and an evaluation: for each call of `before_pass`, whether it came from training; and the batches evaluated."""
+    made = trainer(settings)
+    seen: list[bool] = []
+    made.model.before_pass = lambda: seen.append(made.model.module.training)
+    made.step()
+    evaluate(made.model, made.data.evaluation(), made.mesh)
+    return seen, sum(1 for _ in made.data.evaluation())
+
+
+def test_every_pass_is_announced(ranks: RankPool) -> None:
+    """A hang alarm counts on it: once for each micro-batch and each batch of an evaluation."""
+    seen, evaluated = ranks.run(2, passes, settings_for(2, 1, eval_batches=2))[0]
+    assert seen == [True] * 4 + [False] * evaluated and evaluated > 1
