@@ -47,10 +47,11 @@ def same(run: Path, clean: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 
 def started(launcher: Launcher, step: int, *overrides: str, **orders: Any) -> tuple[Running, Path]:
-    """A run that has done `step`."""
+    """A run that has done `step`, and whose driver has heard that it has begun."""
     running = launcher.start(*SMALL, *overrides, orders=orders or None)
     run = launcher.storage / "run"
     launcher.until(lambda: any(row["step"] >= step for row in rows_of(run)), running=running)
+    launcher.until(lambda: " steps on " in Path(f"/proc/{running.pid}/fd/1").read_text(), running=running)
     return running, run
 
 
