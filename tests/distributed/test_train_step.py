@@ -180,7 +180,7 @@ def collectives(settings: dict[str, Any]) -> dict[str, int]:
 
 
 def traffic(settings: dict[str, Any]) -> dict[str, int]:
-    """Bytes that one optimizer step's collectives give, by kind as above, and the operations that go through DTensor."""
+    """Bytes of one optimizer step's collectives, by kind as above; operations through DTensor, before the update and in it."""
     made = trainer(settings)
     made.step()
     totals: Counter[str] = Counter()
@@ -198,7 +198,7 @@ def traffic(settings: dict[str, Any]) -> dict[str, int]:
     update: list[int] = []
     with Seen(seen):
         made.step(before_clipping=lambda: update.append(totals["dtensor"]))
-    return {**totals, "dtensor": update[0]}
+    return {**totals, "dtensor": update[0], "dtensor_update": totals["dtensor"] - update[0]}
 
 
 @pytest.mark.parametrize(("tp", "dp"), [(2, 2), (2, 1)])
@@ -213,6 +213,7 @@ def test_bytes_of_collectives(ranks: RankPool, tp: int, dp: int) -> None:
         assert got.pop("tp.reduce_scatter_tensor") == 2 * (2 * layers + 1) * stream // tp
         assert got.pop("tp.all_reduce") == 3 * 4 * tokens  # of the loss: the maximum; the sum and the logit at the label
         # forward and backward pass work with local tensors; FSDP's parameters that are split over tp are DTensors, left once
+        assert got.pop("dtensor_update") == 0, "norm, clipping and AdamW work on local tensors"
         assert got.pop("dtensor") == (7 * layers + 2 if dp > 1 else 0)
         if dp > 1:
             once, twice = model["tables"], model["layers"]  # embedding and head are gathered for the forward pass alone
