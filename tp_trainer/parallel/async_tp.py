@@ -112,8 +112,8 @@ def _weight(node: Any) -> Weight | None:
     return (node, transposed) if node.op == "placeholder" else None
 
 
-def _only_user(node: Node | None) -> Node | None:
-    return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _call(graph: Graph, op: Any, args: tuple[Any, ...], count: int) -> list[Node]:

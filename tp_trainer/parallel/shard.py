@@ -38,14 +38,14 @@ def is_replayed(parallelism: Parallelism, device: torch.device) -> bool:
 
 def is_async_tp(parallelism: Parallelism, mesh: Mesh) -> bool:
     """Whether products go on beside tensor parallelism's exchange; a collective. Run at tp2_dp1 only, and not the default elsewhere."""
-    if not (parallelism.sequence_parallel and mesh.tp_size > 1 and is_compiled(parallelism, mesh.device)):
+    wanted = parallelism.async_tp if parallelism.async_tp is not None else (mesh.tp_size, mesh.dp_size) == (2, 1)
+    if not (wanted and parallelism.sequence_parallel and mesh.tp_size > 1 and is_compiled(parallelism, mesh.device)):
         return False
-    if parallelism.async_tp is False or (parallelism.async_tp is None and (mesh.tp_size, mesh.dp_size) != (2, 1)):
-        return False
-    reached = possible(mesh.tp.get_group(), mesh.device)
-    if parallelism.async_tp and not reached and mesh.device.type == "cuda":
+    if possible(mesh.tp.get_group(), mesh.device):
+        return True
+    if parallelism.async_tp and mesh.device.type == "cuda":
         raise ConfigError("parallelism.async_tp", True, "the GPUs of a tp group don't reach one another's memory; leave it null")
-    return reached or parallelism.async_tp is True
+    return bool(parallelism.async_tp)  # on CPU by collectives
 
 
 def shard(
