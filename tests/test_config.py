@@ -126,6 +126,7 @@ def test_the_derived_name_changes_with_what_shapes_the_numbers(change: dict[str,
     [
         {"cluster__kind": "ray"}, {"cluster__env": {"A": "1"}}, {"cluster__device": "cpu"}, {"cluster__max_failures": 0},
         {"parallelism__cuda_graphs": False}, {"parallelism__async_tp": False}, {"parallelism__reshard_after_forward": False},
+        {"parallelism__direct_fsdp": True},
         {"checkpoint__storage_path": "/elsewhere"}, {"checkpoint__interval": 7}, {"checkpoint__keep_last": 9},
         {"checkpoint__resume": "never"},
         {"tracker__kind": "none"}, {"train__log_interval": 1}, {"train__eval_interval": 7}, {"train__num_epochs": 9},

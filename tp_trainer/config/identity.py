@@ -24,7 +24,8 @@ def choices(config: Config) -> dict[str, Any]:
     for key in RUN_LENGTH + INTERVALS:
         del kept["train"][key]
     del kept["model"]["recipe"], kept["data"]["cache_dir"]
-    del kept["parallelism"]["cuda_graphs"], kept["parallelism"]["async_tp"], kept["parallelism"]["reshard_after_forward"]
+    for key in ("cuda_graphs", "async_tp", "direct_fsdp", "reshard_after_forward"):
+        del kept["parallelism"][key]
     return kept
 
 

@@ -61,6 +61,7 @@ class Parallelism:
     compile: bool | None = setting(None, "torch.compile each block; null = on GPUs")
     cuda_graphs: bool | None = setting(None, "replay micro-batches as CUDA graphs; null = on GPUs, with compile")
     async_tp: bool | None = setting(None, "multiply beside tp's exchange; null = at tp2_dp1, with compile, on GPUs that reach one another")
+    direct_fsdp: bool = setting(False, "FSDP2's exchange without its copies, between GPUs that reach one another")
     reshard_after_forward: bool = setting(True, "free a block's parameters until its backward pass; false = gathered once, more memory")
     param_dtype: str | None = setting(None, "dtype of compute; null = bfloat16 on GPUs, float32 on CPU", one_of=DTYPES)
     reduce_dtype: str | None = setting(None, "dtype of gradient reduction; null = float32", one_of=DTYPES)

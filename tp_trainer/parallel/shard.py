@@ -48,6 +48,15 @@ def is_async_tp(parallelism: Parallelism, mesh: Mesh) -> bool:
     return bool(parallelism.async_tp)  # on CPU by collectives
 
 
+def is_direct(parallelism: Parallelism, mesh: Mesh) -> bool:
+    """Whether FSDP2 exchanges without copies; a collective. Not run on GPUs yet, hence not the default."""
+    if not parallelism.direct_fsdp or mesh.dp_size == 1:
+        return False
+    if mesh.device.type == "cuda" and not possible(mesh.full["dp"].get_group(), mesh.device):
+        raise ConfigError("parallelism.direct_fsdp", True, "the GPUs of a dp group don't reach one another's memory; leave it out")
+    return True
+
+
 def shard(
     model: nn.Module, layers: Sequence[nn.Module], tables: Sequence[Sequence[nn.Module]], parallelism: Parallelism, mesh: Mesh
 ) -> None:
@@ -78,6 +87,10 @@ def shard(
         # the last group is needed again as soon as its forward pass is over
         fully_shard(list(group), **group_options, reshard_after_forward=group is not tables[-1])
     fully_shard(model, **group_options)
+    if is_direct(parallelism, mesh):
+        from tp_trainer.parallel.direct import exchange_directly  # not before it is wanted: it knows FSDP2's insides
+
+        exchange_directly(model, [*layers, *(group[0] for group in tables)], layers if parallelism.reshard_after_forward else ())
     if tables:
         for module in tables[0]:
             module.set_unshard_in_backward(False)  # type: ignore[operator]  # looking up takes rows; their gradient needs ids alone

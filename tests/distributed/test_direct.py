@@ -1,0 +1,79 @@
+"""FSDP2's exchange without copies: the same numbers as FSDP2's own, two blocks' memory, half the bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from plain_reference import FAMILIES, settings_of
+from rank_cases import trainer
+from rank_pool import RankPool
+
+from tp_trainer.loop import evaluate
+from tp_trainer.parallel import direct
+
+DEEP = {"num_hidden_layers": 5}  # each of the two sets of buffers has several blocks to hold
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1_dp2": {"tp": 1, "dp": 2}, "tp2_dp2": {"tp": 2, "dp": 2}, "rep2": {"tp": 1, "dp": 4, "dp_replicate": 2}
+}  # fmt: skip
+
+
+def steps(family: str, parallelism: dict[str, Any]) -> list[float]:
+    settings = settings_of({**FAMILIES[family], **DEEP}, parallelism=parallelism, optim={"lr": 1e-2},
+                           train={"eval_batches": 1, "micro_batch_size": 1, "global_batch_size": 2 * parallelism["dp"]})  # fmt: skip
+    made, out = trainer(settings), list[float]()
+    for number in range(4):
+        out += made.step()
+        if number == 2:
+            out.append(evaluate(made.model, made.data.evaluation(), made.mesh))
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "layout"), [("qwen2", "tp2_dp2"), ("odd_vocabulary", "tp1_dp2"), ("qwen2_tied", "rep2")])
+def test_the_numbers_are_those_of_fsdp2(ranks: RankPool, family: str, layout: str, dtype: str) -> None:
+    """To the last bit: two numbers, or two replicas' two, add up to the same in any order."""
+    parallelism = {**LAYOUTS[layout], "param_dtype": dtype}
+    world = parallelism["tp"] * parallelism["dp"]
+    own, ours = (ranks.run(world, steps, family, {**parallelism, "direct_fsdp": way}) for way in (False, True))
+    assert own[0][1] != own[0][-1], "the steps change something"
+    assert ours == own
+
+
+@pytest.mark.parametrize("way", [{"activation_checkpointing": "full"}, {"reshard_after_forward": False}], ids=str)
+def test_also_where_blocks_are_gathered_otherwise(ranks: RankPool, way: dict[str, Any]) -> None:
+    own, ours = (ranks.run(2, steps, "qwen2", {**LAYOUTS["tp1_dp2"], **way, "direct_fsdp": direct}) for direct in (False, True))
+    assert ours == own
+
+
+def counted(direct_fsdp: bool) -> dict[str, int]:
+    """A step in bfloat16: numbers copied out of gathered buffers, bytes of gradients received; memory that blocks are gathered to."""
+    parallelism = {**LAYOUTS["tp1_dp2"], "param_dtype": "bfloat16", "direct_fsdp": direct_fsdp}
+    settings = settings_of({**FAMILIES["qwen2"], **DEEP}, parallelism=parallelism, train={"global_batch_size": 4})
+    made = trainer(settings)
+    made.step()
+    layers = made.model.module.model.layers
+    wholes = {each.all_gather_outputs[0].untyped_storage().data_ptr(): each.all_gather_outputs[0].numel()
+              for layer in layers for each in layer._get_fsdp_state()._fsdp_param_group.fsdp_params}  # fmt: skip
+    with (
+        mock.patch.object(torch, "split_with_sizes_copy", side_effect=torch.split_with_sizes_copy) as copied,
+        mock.patch.object(direct, "add_up", side_effect=direct.add_up) as added,
+    ):
+        made.step()
+    return {
+        "copied": sum(call.args[0].numel() for call in copied.call_args_list),
+        "received": sum(call.args[2].nbytes for call in added.call_args_list),
+        "held": sum(wholes.values()),
+        "all": sum(each.numel() for each in made.model.module.parameters()),
+        "blocks": sum(each.numel() for each in layers.parameters()),
+        "layers": len(layers),
+    }
+
+
+def test_blocks_are_gathered_in_place_and_gradients_sent_as_they_are(ranks: RankPool) -> None:
+    own, ours = (ranks.run(2, counted, way)[0] for way in (False, True))
+    assert own["copied"] - ours["copied"] == 2 * ours["blocks"], "once for the forward pass, once for the backward pass"
+    assert (own["received"], ours["received"]) == (0, ours["all"]), "half of them from the other rank, two bytes each"
+    assert ours["held"] == 2 * ours["blocks"] // ours["layers"], "two blocks at a time"

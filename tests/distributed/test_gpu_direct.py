@@ -1,0 +1,73 @@
+"""FSDP2's exchange without copies on GPUs, called and replayed, against FSDP2's own."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from plain_reference import FAMILIES, settings_of
+from rank_cases import trainer
+from torch import multiprocessing
+
+from tp_trainer.loop import evaluate
+from tp_trainer.parallel import direct
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+# wide enough for a block's exchange to take as long as its products
+WIDE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "num_hidden_layers": 6}  # fmt: skip
+WAYS: list[dict[str, Any]] = [{"cuda_graphs": False}, {}, {"activation_checkpointing": "full"}, {"reshard_after_forward": False}]
+
+
+def steps(device: torch.device, parallelism: dict[str, Any], micro_batches: int) -> list[float]:
+    torch._dynamo.reset()
+    dp = parallelism["dp"]
+    settings = settings_of({**FAMILIES["llama"], **WIDE}, parallelism=parallelism, optim={"lr": 1e-4}, cluster={"device": "gpu"},
+                           train={"micro_batch_size": 2, "global_batch_size": 2 * micro_batches * dp, "eval_batches": 1})  # fmt: skip
+    made, out = trainer(settings, device), list[float]()
+    with closing(made.model):
+        for number in range(8):
+            out += made.step()
+            if number % 3 == 2:
+                out.append(evaluate(made.model, made.data.evaluation(), made.mesh))
+        assert bool(made.model.micro_step.graphs) is (parallelism.get("cuda_graphs") is None)
+    return out
+
+
+def ranks(rank: int, size: int, store: str) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream())
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    layouts: list[dict[str, Any]] = [{"tp": 1, "dp": size}]
+    if size % 4 == 0:
+        layouts += [{"tp": 2, "dp": size // 2}, {"tp": 1, "dp": size, "dp_replicate": 2}]
+    for layout in layouts:
+        for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 2e-3)):
+            for micro_batches in (1, 2):
+                base = {**layout, "param_dtype": dtype}
+                expected = steps(device, {**base, "cuda_graphs": False}, micro_batches)
+                for way in WAYS:
+                    given = steps(device, {**base, "direct_fsdp": True, **way}, micro_batches)
+                    assert given == pytest.approx(expected, rel=tolerance), (layout, dtype, way)
+    torch.cuda.synchronize()
+    dist.destroy_process_group()
+
+
+def test_steps_are_those_of_fsdp2(tmp_path: Path) -> None:
+    size = torch.cuda.device_count()
+    multiprocessing.spawn(ranks, (size, str(tmp_path / "store")), nprocs=size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_is_in_float32(dtype: torch.dtype) -> None:
+    for count in (1, 5, 100_001):
+        pieces = torch.randn(4, count, device="cuda").to(dtype)
+        out = torch.empty(count, device="cuda")
+        for rank in (0, 2, 3):
+            direct.add_up(out, pieces[rank], torch.cat((pieces[:rank], pieces[rank + 1 :])), rank, 0.25)
+            torch.testing.assert_close(out.double(), pieces.double().sum(0) / 4, rtol=1e-6, atol=1e-6)
