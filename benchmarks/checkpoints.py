@@ -39,7 +39,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from tp_trainer.cli import conf_dir
+    from tp_trainer.cli.arguments import conf_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         values = OmegaConf.to_container(compose("config", ["data=random", *overrides]), resolve=True)

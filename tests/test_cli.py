@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tp_trainer import cli
+from tp_trainer.cli.mesh import draw_mesh
 from tp_trainer.config import Config, ConfigError, Parallelism, load, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -250,7 +251,7 @@ def test_dry_run(launch: Any, driver: Driver, tmp_path: Path) -> None:
 
 
 def test_the_mesh_drawn() -> None:
-    assert cli.draw_mesh(Parallelism(tp=4, dp=2)).splitlines() == [
+    assert draw_mesh(Parallelism(tp=4, dp=2)).splitlines() == [
         "mesh (dp=2, tp=4): 8 workers",
         "",
         "        tp 0  tp 1  tp 2  tp 3",
@@ -262,7 +263,7 @@ def test_the_mesh_drawn() -> None:
         "DP group of tp 2: {2, 6}",
         "DP group of tp 3: {3, 7}",
     ]
-    hybrid = cli.draw_mesh(Parallelism(tp=2, dp=4, dp_replicate=2))
+    hybrid = draw_mesh(Parallelism(tp=2, dp=4, dp_replicate=2))
     assert hybrid.startswith("mesh (dp_replicate=2, dp=2, tp=2): 8 workers")
     assert "replica 1, dp 0" in hybrid
     assert "DP group of tp 0: {0, 2, 4, 6}, sharded over {0, 2} and {4, 6}, replicated across them" in hybrid

@@ -12,7 +12,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from tp_trainer.cli import conf_dir
+from tp_trainer.cli.arguments import conf_dir
 from tp_trainer.config import HYDRA, Config, architecture, load
 
 CONF = conf_dir()

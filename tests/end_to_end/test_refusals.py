@@ -20,7 +20,7 @@ import tp_trainer
 from tp_trainer import cli
 from tp_trainer.checkpoint.owner import OWNER, Owner
 from tp_trainer.checkpoint.store import Store
-from tp_trainer.cli import conf_dir
+from tp_trainer.cli.arguments import conf_dir
 from tp_trainer.config import ConfigError, load, to_yaml
 from tp_trainer.driver import preflight, ray_cluster, training
 

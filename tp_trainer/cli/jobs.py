@@ -1,0 +1,151 @@
+"""A job of Hydra's: its task, its exit code; of a sweep's jobs, a report each and the table."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tp_trainer.cli.composition import as_typed, values_typed
+from tp_trainer.cli.mesh import draw_mesh
+from tp_trainer.config import Config, ConfigError, load, plain, translate
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+TASKS = {  # what a task calls with the checked Config; imported only then, since all of them import ray
+    "train": "tp_trainer.tasks.train:run",
+    "export": "tp_trainer.tasks.export:run",
+    "verify": "tp_trainer.tasks.verify:run",
+    "bench": "tp_trainer.tasks.bench:run",
+}
+NO_OBJECTIVE = math.inf  # the worst of losses: optuna's sweeper takes it and goes on, NaN or an exception would end the sweep
+
+
+def app(cfg: DictConfig) -> float:
+    """What Hydra calls for each job. Returns the objective (see `_objective`)."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return _sweep_job(cfg)
+    try:
+        return _objective(_execute(_load(cfg)))
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        complain(error)
+        sys.exit(code)
+
+
+def _load(cfg: DictConfig) -> Config:
+    """The checked Config of a composed job. Raises ConfigError, with the value as it was typed."""
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(values, dict)
+        return load({str(key): value for key, value in values.items()})
+    except (ConfigError, OmegaConfBaseException) as error:
+        refused = error if isinstance(error, ConfigError) else translate(error)
+        typed = values_typed(as_typed(HydraConfig.get()))
+        raise ConfigError(refused.key, typed.get(refused.key, refused.value), refused.message) from error
+
+
+def _execute(config: Config) -> dict[str, Any]:
+    """Do the task; its summary."""
+    if config.dry_run:
+        shown = plain(config)
+        shown["cluster"]["env"] = dict.fromkeys(config.cluster.env, "***")
+        print(OmegaConf.to_yaml(OmegaConf.create(shown)))
+        print(draw_mesh(config.parallelism))
+        return {}
+    module, _, name = TASKS[config.task].partition(":")
+    summary: dict[str, Any] = getattr(importlib.import_module(module), name)(config)
+    return summary
+
+
+def _objective(summary: dict[str, Any]) -> float:
+    """What sweepers minimise: the final validation loss, of a bench minus the tokens/s of a worker; infinite where there is none."""
+    if (rate := summary.get("tokens_per_second_per_gpu")) is not None:
+        return -float(rate)
+    loss = summary.get("validation_loss")
+    return NO_OBJECTIVE if loss is None else float(loss)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for what the user asked, 1 for a run that failed with a line of its own, None for what nobody foresaw."""
+    if isinstance(error, ConfigError):
+        return REFUSED
+    driver = sys.modules.get("tp_trainer.driver")
+    return FAILED if driver is not None and isinstance(error, driver.RunFailed) else None
+
+
+def _sweep_job(cfg: DictConfig) -> float:
+    """One job of a sweep: whatever becomes of it is written to job.json, and the sweep goes on.
+
+    A file, because a launcher may run jobs in other processes, on other machines.
+    """
+    hydra = HydraConfig.get()
+    path = Path(hydra.runtime.output_dir) / "job.json"
+    job: dict[str, Any] = {"number": hydra.job.num, "task": cfg.get("task"), "overrides": as_typed(hydra), "status": "running",
+                           "objective": None, "run_dir": None, "error": None}  # fmt: skip
+
+    def write(**changes: Any) -> None:
+        job.update(changes)
+        path.write_text(json.dumps(job, indent=1) + "\n")
+
+    write()
+    try:
+        config = _load(cfg)
+        write(run_dir=config.run_dir)
+        objective = _objective(_execute(config))
+        write(status="done", objective=objective if math.isfinite(objective) else None)
+        return objective
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            traceback.print_exc()
+        complain(f"job {job['number']}: {error if code is not None else f'{type(error).__name__}: {error}'}")
+        write(status="refused" if code == REFUSED else "failed", error=" ".join(str(error).split()))
+        return NO_OBJECTIVE
+    except BaseException:
+        write(status="interrupted")
+        raise
+
+
+def complain(error: object) -> None:
+    """One line on stderr."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+
+
+def report_sweep(sweep_dir: Path, expected: int) -> bool:
+    """Print the table of a sweep's jobs. Returns whether all of them are done."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    jobs = []
+    for path in sweep_dir.glob("**/job.json"):
+        with suppress(ValueError):  # a job that was killed while it wrote
+            jobs.append(json.loads(path.read_text()))
+    jobs.sort(key=lambda job: job["number"])
+    common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
+    table = Table(title=f"{len(jobs)} jobs of {sweep_dir}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("job", justify="right")
+    table.add_column("what varied", overflow="fold")
+    table.add_column("status")
+    benches = bool(jobs) and all(job["task"] == "bench" for job in jobs)
+    table.add_column("tokens/s per worker" if benches else "validation loss", justify="right")
+    table.add_column("run directory", overflow="fold")
+    for job in jobs:
+        varied = " ".join(override for override in job["overrides"] if override not in common)
+        objective = "" if job["objective"] is None else f"{-job['objective']:,.0f}" if benches else f"{job['objective']:.4f}"
+        table.add_row(str(job["number"]), varied, job["status"], objective, job["run_dir"] or "")
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    console.print(table)
+    return len(jobs) >= expected and all(job["status"] == "done" for job in jobs)
