@@ -133,7 +133,6 @@ def fit(
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     gpu, cluster = config.cluster.device == "gpu", config.cluster
@@ -144,7 +143,7 @@ def fit(
     values["cluster"]["env"] = {}  # its values travel apart, to no log
     # Ray would take up what it remembers of this name; the storage itself says what there is
     store.remove("checkpoint_manager_snapshot.json")
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         _worker,
         train_loop_config={
             **settings, "recipe": recipe, "config": values, "environment": environment, "progress": progress,
@@ -167,6 +166,17 @@ def fit(
     if result is not None and "refused" in result:
         raise ConfigError(*result["refused"])
     return error, result
+
+
+def _trainer_class() -> Any:
+    """Ray Train's, without its actor for datasets of Ray Data: there are none, and it is one process more beside the workers."""
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ != "DatasetsCallback"]
+
+    return Trainer
 
 
 def _torch_config(backend: str) -> Any:
