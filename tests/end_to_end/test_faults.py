@@ -124,7 +124,7 @@ def test_a_stop_that_does_not_come_about(launcher: Launcher) -> None:
 
 def test_a_worker_that_is_told_to_leave(launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
     """As on a machine that is taken away: all ranks save, and nothing is done twice."""
-    running, run = started(launcher, 5, "cluster.max_failures=0", slow=1)
+    running, run = started(launcher, 5, "cluster.max_failures=0", slow=0.5)
     os.kill(launcher.workers()[1], signal.SIGTERM)
     ended = running.wait()
     assert ended.code == 0 and "a worker was told to end: saved at step" in ended.out, ended
@@ -150,7 +150,7 @@ def test_a_rank_that_hangs(launcher: Launcher, clean: dict[int, dict[str, Any]])
 @pytest.mark.parametrize("ranks", [1, 2], ids=["one", "all"])
 def test_ranks_that_are_stopped(ranks: int, launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
     """SIGSTOP: they hear no alarm, and Ray can't end them. Of one, its peer's alarm goes off; of all, the driver must do it."""
-    running, run = started(launcher, 5, "cluster.hang_seconds=8", "cluster.max_failures=1", slow=1)
+    running, run = started(launcher, 5, "cluster.hang_seconds=8", "cluster.max_failures=1", slow=0.5)
     for pid in launcher.workers()[-ranks:]:
         os.kill(pid, signal.SIGSTOP)
     ended = running.wait()

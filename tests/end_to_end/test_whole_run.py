@@ -98,7 +98,7 @@ def test_the_same_command_again_says_finished(reference: Reference) -> None:
 
 def test_kill_9_of_the_driver_and_of_a_worker(reference: Reference, launcher: Launcher) -> None:
     """Twice killed, the run ends as if nothing had been: same losses and gradient norms, bit by bit."""
-    slow = {"slow": 2, "from": 6}  # so that what is killed is in the middle of it, however fast the machine
+    slow = {"slow": 1, "from": 6}  # so that what is killed is in the middle of it, however fast the machine
     first = launcher.start(*reference.overrides, "tracker=none", orders=slow)
     launcher.until(lambda: launcher.storage.is_dir() and 5 in steps_of(the_run(launcher.storage)), running=first)
     run = the_run(launcher.storage)

@@ -26,6 +26,8 @@ def choices(config: Config) -> dict[str, Any]:
     del kept["model"]["recipe"], kept["data"]["cache_dir"]
     for key in ("cuda_graphs", "async_tp", "direct_fsdp", "reshard_after_forward"):
         del kept["parallelism"][key]
+    if not kept["parallelism"]["float8"]:  # runs from before there was a choice keep their names
+        del kept["parallelism"]["float8"]
     return kept
 
 

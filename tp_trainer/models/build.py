@@ -21,7 +21,7 @@ from tp_trainer.parallel.collectives import TensorRegion
 from tp_trainer.parallel.mesh import Mesh
 from tp_trainer.parallel.precision import ComputeCopies
 from tp_trainer.parallel.replay import MicroStep
-from tp_trainer.parallel.shard import dtypes, is_compiled, is_replayed, shard
+from tp_trainer.parallel.shard import dtypes, is_compiled, is_float8, is_replayed, shard
 from tp_trainer.parallel.tensor import apply_tensor_parallel
 
 Batch = dict[str, torch.Tensor]
@@ -137,7 +137,9 @@ def build_model(config: Config, mesh: Mesh, first_on_node: Callable[[Callable[[]
     model = meta_model(config.model.architecture)
     table = split_table(model, mesh.tp_size)
     compiled = is_compiled(parallelism, mesh.device)
-    region = TensorRegion(mesh.tp_group_name, mesh.tp_size, mesh.tp_rank, parallelism.sequence_parallel, compiled)
+    region = TensorRegion(
+        mesh.tp_group_name, mesh.tp_size, mesh.tp_rank, parallelism.sequence_parallel, compiled, is_float8(parallelism, mesh.device)
+    )  # fmt: skip
     apply_tensor_parallel(model, table, mesh.tp, region)
     model.forward = partial(_loss, model)
     decoder, head, embedding = model.base_model, model.get_output_embeddings(), model.get_input_embeddings()

@@ -90,9 +90,11 @@ class TensorRegion:
     TP group, without; inside it is [batch, seq, hidden] either way.
     """
 
-    def __init__(self, group: str, size: int, rank: int, sequence_parallel: bool, compiled: bool = False) -> None:
-        """`compiled`: whether what works with it may be compiled."""
-        self.group, self.size, self.rank, self.compiled = group, size, rank, compiled
+    def __init__(
+        self, group: str, size: int, rank: int, sequence_parallel: bool, compiled: bool = False, float8: bool = False
+    ) -> None:
+        """`compiled`: whether what works with it may be compiled; `float8`: whether its linears multiply in float8."""
+        self.group, self.size, self.rank, self.compiled, self.float8 = group, size, rank, compiled, float8
         self.sequence_parallel = sequence_parallel and size > 1
         self.batch = 1  # sequences of the micro-batch under way
 

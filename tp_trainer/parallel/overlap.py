@@ -19,6 +19,7 @@ PRODUCT_FLOPS, COLLECTIVE_BYTES = 700e12, 170e9  # a second, of large bf16 tenso
 MARGIN = 2.0  # how much longer than the collective alone the products beside it are to take: ranks wait for each other
 
 _c10d = torch.ops._c10d_functional
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten._scaled_mm)
 _COLLECTIVES = (_c10d.all_gather_into_tensor, _c10d.reduce_scatter_tensor, _c10d.all_reduce)
 
 
@@ -31,7 +32,7 @@ def compile_options(async_tp: bool) -> dict[str, Any]:
 
 def put_off(nodes: Sequence[Any]) -> list[Any]:
     """Inductor's nodes in a new order: products that only an output waits for come between a collective and its wait."""
-    waiting = [node for node in nodes if _operation(node) is torch.ops.aten.mm and _only_goes_out(node)]
+    waiting = [node for node in nodes if _operation(node) in _PRODUCTS and _only_goes_out(node)]
     deferred, done = set(waiting), set[str]()
     order: list[Any] = []
 

@@ -36,9 +36,16 @@ def is_replayed(parallelism: Parallelism, device: torch.device) -> bool:
     return wanted and device.type == "cuda" and is_compiled(parallelism, device)
 
 
+def is_float8(parallelism: Parallelism, device: torch.device) -> bool:
+    if parallelism.float8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError("parallelism.float8", True, f"{torch.cuda.get_device_name(device)} can't multiply in float8; H100 and later can")
+    return parallelism.float8
+
+
 def is_async_tp(parallelism: Parallelism, mesh: Mesh) -> bool:
     """Whether products go on beside tensor parallelism's exchange; a collective. Run at tp2_dp1 only, and not the default elsewhere."""
-    wanted = parallelism.async_tp if parallelism.async_tp is not None else (mesh.tp_size, mesh.dp_size) == (2, 1)
+    default = (mesh.tp_size, mesh.dp_size) == (2, 1) and not parallelism.float8  # whose products it can't take apart
+    wanted = default if parallelism.async_tp is None else parallelism.async_tp
     if not (wanted and parallelism.sequence_parallel and mesh.tp_size > 1 and is_compiled(parallelism, mesh.device)):
         return False
     if possible(mesh.tp.get_group(), mesh.device):
@@ -113,6 +120,7 @@ def _recomputed(selective: bool) -> Callable[..., Any]:
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,

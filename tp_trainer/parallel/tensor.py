@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from tp_trainer.parallel import float8
 from tp_trainer.parallel.collectives import TensorRegion
 from tp_trainer.parallel.loss import linear_cross_entropy
 
@@ -125,14 +126,18 @@ def _optional_local(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return None if parameter is None else local(parameter)
 
 
+def _linear(region: TensorRegion) -> Callable[..., torch.Tensor]:
+    return float8.linear if region.float8 else F.linear
+
+
 def _column(module: nn.Linear, region: TensorRegion, part: Part, x: torch.Tensor) -> torch.Tensor:
     """[..., in] -> [..., out / tp]"""
-    return F.linear(x, local(module.weight), _optional_local(module.bias))
+    return _linear(region)(x, local(module.weight), _optional_local(module.bias))
 
 
 def _row(module: nn.Linear, region: TensorRegion, part: Part, x: torch.Tensor) -> torch.Tensor:
     """[batch, seq, in / tp] -> residual stream; the bias is added once, after the sum"""
-    out = region.leave(F.linear(x, local(module.weight)))
+    out = region.leave(_linear(region)(x, local(module.weight), None))
     return out if module.bias is None else out + module.bias
 
 

@@ -133,7 +133,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
 def tolerances_for(config: Config, dtypes: Sequence[str], device: str) -> Tolerances:
     """`dtypes`: of compute and of gradient reduction."""
     full = FULL_ON_GPU if device == "cuda" else FULL
-    tolerances = full if set(dtypes) == {"float32"} else REDUCED
+    tolerances = full if set(dtypes) == {"float32"} and not config.parallelism.float8 else REDUCED
     return dataclasses.replace(tolerances, loss=config.verify.tolerance or tolerances.loss)
 
 

@@ -1,0 +1,97 @@
+"""Products in float8: what is multiplied, how far off it is, and that training goes the same way."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_reference import FAMILIES, settings_of
+from rank_cases import trainer
+from rank_pool import RankPool
+
+from tp_trainer.parallel import float8
+
+# rows, and with tp 4 each rank's features, are multiples of 16
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def restored(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    low, scale = float8.quantised(x, dtype)
+    return low.double() * scale.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_the_rounded_matrices(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight, bias, gradient = (torch.randn(size, dtype=dtype, requires_grad=True) for size in ((2, 32, 64), (96, 64), (96,), (2, 32, 96)))
+    scaled = (weight * 1e-3).detach().requires_grad_()  # far below what float8 has without a scale
+    out = float8.linear(x, scaled, bias)
+    out.backward(gradient)
+    low_x, low_weight = restored(x.detach(), torch.float8_e4m3fn), restored(scaled.detach(), torch.float8_e4m3fn)
+    low_gradient = restored(gradient.detach(), torch.float8_e5m2)
+    rounding = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.double(), low_x @ low_weight.t() + bias.double(), rtol=rounding, atol=rounding)
+    torch.testing.assert_close(x.grad.double(), low_gradient @ low_weight, rtol=1e-2, atol=1e-4)  # type: ignore[union-attr]
+    expected = low_gradient.flatten(0, 1).t() @ low_x.flatten(0, 1)
+    torch.testing.assert_close(scaled.grad.double(), expected, rtol=1e-2, atol=1e-1 if dtype == torch.bfloat16 else 1e-4)  # type: ignore[union-attr]
+    torch.testing.assert_close(bias.grad, gradient.sum((0, 1)).to(dtype), rtol=1e-2, atol=1e-1)
+    whole = F.linear(x.double(), scaled.double())
+    assert 0.01 < ((float8.linear(x, scaled, None) - whole).norm() / whole.norm()).item() < 0.06, "three bits of mantissa"
+
+
+def test_scales_never_overflow_and_zeros_stay() -> None:
+    for dtype in (float8.FORWARD, float8.BACKWARD):
+        for factor in (1e-30, 1e-4, 1.0, 1e6, 1e30):
+            x = torch.tensor([-1.0, 0.3, 0.0, 1.0]) * factor
+            assert torch.isfinite(restored(x, dtype)).all()
+            assert restored(x, dtype)[2] == 0
+            if factor > 1e-12:
+                torch.testing.assert_close(restored(x, dtype), x.double(), rtol=0.13, atol=0)
+
+
+def test_the_product_is_torchs() -> None:
+    a, b = float8.quantised(torch.randn(32, 64), float8.BACKWARD), float8.quantised(torch.randn(48, 64) * 1e-3, float8.FORWARD)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = torch._scaled_mm(a[0], b[0].t(), scale_a=a[1], scale_b=b[1], out_dtype=dtype)
+        torch.testing.assert_close(float8._product(*a, *b, dtype), given)
+
+
+def test_other_sizes_stay_as_they_are() -> None:
+    with mock.patch.object(float8, "_product", side_effect=float8._product) as multiplied:
+        for rows, inner, columns in ((15, 32, 32), (16, 24, 32), (16, 32, 40)):
+            x, weight = torch.randn(rows, inner), torch.randn(columns, inner)
+            assert torch.equal(float8.linear(x, weight, None), F.linear(x, weight))
+        assert not multiplied.called
+        float8.linear(torch.randn(16, 32), torch.randn(32, 32), None)
+        assert multiplied.call_count == 1
+
+
+def steps(parallelism: dict[str, Any]) -> tuple[list[float], list[float], int]:
+    """Five steps of one micro-batch."""
+    settings = settings_of({**FAMILIES["llama"], **SIZES}, parallelism=parallelism, optim={"lr": 3e-3}, data={"seq_length": 32},
+                           train={"micro_batch_size": 1, "global_batch_size": parallelism["dp"]})  # fmt: skip
+    made = trainer(settings)
+    with mock.patch.object(float8, "_product", side_effect=float8._product) as multiplied:
+        losses, norms = zip(*(made.step() for _ in range(5)), strict=True)
+        return list(losses), list(norms), multiplied.call_count // 5
+
+
+@pytest.mark.parametrize(
+    "parallelism",
+    [{"tp": 1, "dp": 1}, {"tp": 2, "dp": 2}, {"tp": 4, "dp": 1}, {"tp": 2, "dp": 1, "compile": True},
+     {"tp": 1, "dp": 2, "activation_checkpointing": "selective", "direct_fsdp": True}],
+    ids=str,
+)  # fmt: skip
+def test_training_goes_the_same_way(ranks: RankPool, parallelism: dict[str, Any]) -> None:
+    parallelism = {**parallelism, "param_dtype": "bfloat16"}
+    world = parallelism["tp"] * parallelism["dp"]
+    losses, norms, _ = ranks.run(world, steps, parallelism)[0]
+    low_losses, low_norms, products = ranks.run(world, steps, {**parallelism, "float8": True})[0]
+    assert norms[-1] < 0.9 * norms[0], "the steps change something"
+    assert low_losses != losses and low_losses == pytest.approx(losses, rel=1e-2)
+    assert low_norms == pytest.approx(norms, rel=0.1)
+    if "compile" not in parallelism and "activation_checkpointing" not in parallelism:
+        assert products == 3 * 7 * FAMILIES["llama"]["num_hidden_layers"], "each of a block's seven linears three times"
