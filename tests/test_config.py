@@ -26,6 +26,7 @@ from tp_trainer.config import (
     to_yaml,
     unknown_key,
 )
+from tp_trainer.config.identity import choices
 
 NUMBERS: dict[str, Any] = {
     "_name_or_path": "tiny", "model_type": "qwen2", "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384,
@@ -112,13 +113,18 @@ def test_the_derived_name_is_stable_and_readable() -> None:
     "change",
     [
         {"optim__lr": 1e-3}, {"seed": 1}, {"data__percentage": 50}, {"data__seq_length": 128}, {"parallelism__tp": 1},
-        {"parallelism__compile": True}, {"train__micro_batch_size": 2}, {"train__global_batch_size": 16}, {"optim__betas": [0.9, 0.99]},
+        {"parallelism__compile": True}, {"parallelism__float8": True},
+        {"train__micro_batch_size": 2}, {"train__global_batch_size": 16}, {"optim__betas": [0.9, 0.99]},
         {"model__overrides": {"num_hidden_layers": 2}}, {"train__clip_grad_norm": None}, {"train__deterministic": True},
     ],
     ids=str,
 )  # fmt: skip
 def test_the_derived_name_changes_with_what_shapes_the_numbers(change: dict[str, Any]) -> None:
     assert loaded(**change).experiment_name != NAME
+
+
+def test_a_choice_that_came_later_leaves_older_names_as_they_were() -> None:
+    assert "float8" not in choices(loaded())["parallelism"] and choices(loaded(parallelism__float8=True))["parallelism"]["float8"]
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ def test_tolerances_follow_the_precision() -> None:
     assert tolerances_for(config, ["float32", "float32"], "cpu") == FULL
     assert tolerances_for(config, ["float32", "float32"], "cuda").gradient_at_step_1 == 5e-5
     assert tolerances_for(config, ["bfloat16", "float32"], "cuda") == tolerances_for(config, ["float32", "bfloat16"], "cpu") == REDUCED
+    config.parallelism.float8 = True
+    assert tolerances_for(config, ["float32", "float32"], "cpu") == REDUCED
     config.verify.tolerance = 1e-3
     assert tolerances_for(config, ["bfloat16", "float32"], "cpu").loss == 1e-3
 

@@ -74,6 +74,12 @@ def steps(parallelism: dict[str, Any]) -> tuple[list[float], list[float], int]:
     settings = settings_of({**FAMILIES["llama"], **SIZES}, parallelism=parallelism, optim={"lr": 3e-3}, data={"seq_length": 32},
                            train={"micro_batch_size": 1, "global_batch_size": parallelism["dp"]})  # fmt: skip
     made = trainer(settings)
+    if made.config.parallelism.compile:  # the compiler would end a graph at what counts
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        losses, norms = zip(*(made.step() for _ in range(5)), strict=True)
+        assert not torch._dynamo.utils.counters["graph_break"]
+        return list(losses), list(norms), torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with mock.patch.object(float8, "_product", side_effect=float8._product) as multiplied:
         losses, norms = zip(*(made.step() for _ in range(5)), strict=True)
         return list(losses), list(norms), multiplied.call_count // 5
@@ -88,10 +94,12 @@ def steps(parallelism: dict[str, Any]) -> tuple[list[float], list[float], int]:
 def test_training_goes_the_same_way(ranks: RankPool, parallelism: dict[str, Any]) -> None:
     parallelism = {**parallelism, "param_dtype": "bfloat16"}
     world = parallelism["tp"] * parallelism["dp"]
-    losses, norms, _ = ranks.run(world, steps, parallelism)[0]
+    losses, norms, graphs = ranks.run(world, steps, parallelism)[0]
     low_losses, low_norms, products = ranks.run(world, steps, {**parallelism, "float8": True})[0]
     assert norms[-1] < 0.9 * norms[0], "the steps change something"
     assert low_losses != losses and low_losses == pytest.approx(losses, rel=1e-2)
     assert low_norms == pytest.approx(norms, rel=0.1)
-    if "compile" not in parallelism and "activation_checkpointing" not in parallelism:
+    if "compile" in parallelism:
+        assert products == graphs > 0, "no graph more than without"
+    elif "activation_checkpointing" not in parallelism:
         assert products == 3 * 7 * FAMILIES["llama"]["num_hidden_layers"], "each of a block's seven linears three times"

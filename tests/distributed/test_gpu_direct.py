@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,11 +30,12 @@ def steps(device: torch.device, parallelism: dict[str, Any], micro_batches: int)
     settings = settings_of({**FAMILIES["llama"], **WIDE}, parallelism=parallelism, optim={"lr": 1e-4}, cluster={"device": "gpu"},
                            train={"micro_batch_size": 2, "global_batch_size": 2 * micro_batches * dp, "eval_batches": 1})  # fmt: skip
     made, out = trainer(settings, device), list[float]()
-    with closing(made.model):
+    with closing(made.model), mock.patch.object(direct, "add_up", side_effect=direct.add_up) as added:
         for number in range(8):
             out += made.step()
             if number % 3 == 2:
                 out.append(evaluate(made.model, made.data.evaluation(), made.mesh))
+        assert added.called is parallelism.get("direct_fsdp", False)
         assert bool(made.model.micro_step.graphs) is (parallelism.get("cuda_graphs") is None)
     return out
 

@@ -68,7 +68,7 @@ def test_a_worker_that_is_killed_in_a_step_and_in_a_save_and_an_exception(launch
     assert summary["restarts"] == 3 and len(summary["failures"]) == 3, ended
     assert "ArithmeticError" in summary["failures"][2] and "ArithmeticError" not in summary["failures"][0]
     assert len(summary["detection_seconds"]) == len(summary["restart_seconds"]) == 3
-    assert all(seconds > 0 for seconds in summary["restart_seconds"]), summary  # on 2 idle cores about 9
+    assert all(0 < seconds < 100 for seconds in summary["restart_seconds"]), summary  # on 2 idle cores about 9
     done = len([row for row in rows_of(run) if "loss" in row])
     assert summary["steps_lost"] == done - STEPS and 0 < summary["goodput"] < 1
     assert "workers restarted: going on from step 4" in ended.out and not launcher.processes()
