@@ -133,9 +133,9 @@ class Reduce(ReduceScatter):
         ranks, rank = group.size(), group.rank()
         pieces: list[torch.Tensor] = [gradient.view(ranks, -1) for gradient in input_tensor.gradients]  # type: ignore[attr-defined]
         received = [piece.new_empty(ranks - 1, piece.shape[1]) for piece in pieces]
-        exchanged = list[dist.P2POp]()
+        others, exchanged = [other for other in range(ranks) if other != rank], list[dist.P2POp]()
         for piece, places in zip(pieces, received, strict=True):
-            for place, other in zip(places, _others(ranks, rank), strict=True):
+            for place, other in zip(places, others, strict=True):
                 exchanged.append(dist.P2POp(dist.isend, piece[other], group=group, group_peer=other))
                 exchanged.append(dist.P2POp(dist.irecv, place, group=group, group_peer=other))
         for work in dist.batch_isend_irecv(exchanged):
@@ -144,10 +144,6 @@ class Reduce(ReduceScatter):
         for output, piece, places in zip(outputs, pieces, received, strict=True):
             add_up(output, piece[rank], places, rank, 1 / ranks if op == dist.ReduceOp.AVG else 1.0)
         return None
-
-
-def _others(ranks: int, rank: int) -> list[int]:
-    return [other for other in range(ranks) if other != rank]
 
 
 def add_up(output: torch.Tensor, own: torch.Tensor, others: torch.Tensor, rank: int, factor: float) -> None:
