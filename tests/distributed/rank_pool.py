@@ -64,7 +64,7 @@ class RankPool:
                     try:
                         ok, value = pickle.loads(self.pipes[rank].recv_bytes())
                     except (EOFError, OSError):
-                        ok, value = False, f"died (exit code {self.processes[rank].exitcode})"
+                        ok, value = False, self._death(rank)
                     (results if ok else failed)[rank] = value
                     if not ok:
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -105,6 +105,11 @@ class RankPool:
                 raise RankError(f"rank {rank} did not start within {START_SECONDS} s")
             pipe.recv_bytes()
 
+    def _death(self, rank: int) -> str:
+        """How a rank's process ended, and where it was if a signal ended it."""
+        self.processes[rank].join(GRACE_SECONDS)  # its pipe closes a little before it is gone
+        return f"died (exit code {self.processes[rank].exitcode})\n{(self.directory / f'stack-{rank}').read_text()}"
+
     def _stack(self, rank: int) -> str:
         """Where a rank is right now."""
         path = self.directory / f"stack-{rank}"
@@ -116,6 +121,7 @@ class RankPool:
 def _serve(rank: int, pipe: Connection, stack_file: str) -> None:
     """A rank's life: take a case, make the group, run it, answer."""
     with Path(stack_file).open("w") as file:
+        faulthandler.enable(file)
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
         import torch
         import torch.distributed as dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import pytest
@@ -35,6 +36,12 @@ def die_on(rank: int) -> None:
     dist.barrier()
 
 
+def crash_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    dist.barrier()
+
+
 @pytest.mark.parametrize("world", [4, 1, 2, 4])
 def test_worlds(ranks: RankPool, world: int) -> None:
     assert ranks.run(world, total, 10) == [10.0 * world + sum(range(world))] * world
@@ -43,7 +50,8 @@ def test_worlds(ranks: RankPool, world: int) -> None:
 def test_failures() -> None:
     pool = RankPool(2)
     try:
-        for function, sentence in ((fail_on, "this one"), (die_on, "died")):
+        deaths = ((die_on, r"died \(exit code 9\)"), (crash_on, r"(?s)died \(exit code -11\).*in crash_on"))
+        for function, sentence in ((fail_on, "this one"), *deaths):
             with pytest.raises(RankError, match=sentence):
                 pool.run(2, function, 1, timeout=60)
         with pytest.raises(RankError, match=r"(?s)no answer after 3 s.*rank 1 hangs.*in hang_on"):
