@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from plain_reference import FAMILIES, settings_of
-from rank_cases import trainer
+from rank_cases import Trainer, trainer
 from rank_pool import RankPool
 
 from tp_trainer.loop import evaluate
-from tp_trainer.parallel import direct
+from tp_trainer.parallel import direct, shard
+from tp_trainer.parallel.shared import Shared
 
 DEEP = {"num_hidden_layers": 5}  # each of the two sets of buffers has several blocks to hold
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -20,10 +26,37 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+class Mapped(Shared):
+    """Memory that processes reach by a file, where there is none of GPUs."""
+
+    def __init__(self, numel: int, like: torch.Tensor, group: str) -> None:
+        self.group, self.dtype = dist.distributed_c10d._resolve_process_group(group), like.dtype
+        self.rank, self.size = self.group.rank(), self.group.size()
+        own = Path(tempfile.mkdtemp(), "memory")
+        own.write_bytes(bytes(numel * like.dtype.itemsize))
+        self.files = [str(own)] * self.size
+        dist.all_gather_object(self.files, str(own), group=self.group)
+        self.buffer = self.of(self.rank, (numel,), 0)
+
+    def meet(self) -> None:
+        dist.barrier(self.group)
+
+    def of(self, rank: int, shape: Sequence[int], offset: int) -> torch.Tensor:
+        numel, size = torch.Size(shape).numel(), self.dtype.itemsize
+        piece = np.memmap(self.files[rank], np.uint8, "r+", offset * size, (numel * size,))
+        return torch.from_numpy(piece).view(self.dtype).view(*shape)
+
+
+def made_of(settings: dict[str, Any]) -> Trainer:
+    with mock.patch.object(shard, "possible", return_value=True):
+        return trainer(settings)
+
+
+@mock.patch.object(direct, "Shared", Mapped)
 def steps(family: str, parallelism: dict[str, Any]) -> list[float]:
     settings = settings_of({**FAMILIES[family], **DEEP}, parallelism=parallelism, optim={"lr": 1e-2},
                            train={"eval_batches": 1, "micro_batch_size": 1, "global_batch_size": 2 * parallelism["dp"]})  # fmt: skip
-    made, out = trainer(settings), list[float]()
+    made, out = made_of(settings), list[float]()
     for number in range(4):
         out += made.step()
         if number == 2:
@@ -48,14 +81,15 @@ def test_also_where_blocks_are_gathered_otherwise(ranks: RankPool, way: dict[str
     assert ours == own
 
 
+@mock.patch.object(direct, "Shared", Mapped)
 def counted(direct_fsdp: bool) -> dict[str, int]:
     """A step in bfloat16: numbers copied out of gathered buffers, bytes of gradients received; memory that blocks are gathered to."""
     parallelism = {**LAYOUTS["tp1_dp2"], "param_dtype": "bfloat16", "direct_fsdp": direct_fsdp}
     settings = settings_of({**FAMILIES["qwen2"], **DEEP}, parallelism=parallelism, train={"global_batch_size": 4})
-    made = trainer(settings)
+    made = made_of(settings)
     made.step()
     layers = made.model.module.model.layers
-    wholes = {each.all_gather_outputs[0].untyped_storage().data_ptr(): each.all_gather_outputs[0].numel()
+    wholes = {each.all_gather_outputs[0].data_ptr(): each.all_gather_outputs[0].numel()
               for layer in layers for each in layer._get_fsdp_state()._fsdp_param_group.fsdp_params}  # fmt: skip
     with (
         mock.patch.object(torch, "split_with_sizes_copy", side_effect=torch.split_with_sizes_copy) as copied,

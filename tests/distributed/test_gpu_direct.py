@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 # wide enough for a block's exchange to take as long as its products
 WIDE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
         "num_hidden_layers": 6}  # fmt: skip
-WAYS: list[dict[str, Any]] = [{"cuda_graphs": False}, {}, {"activation_checkpointing": "full"}, {"reshard_after_forward": False}]
+WAYS: list[dict[str, Any]] = [{}, {"cuda_graphs": False}, {"activation_checkpointing": "full"}, {"reshard_after_forward": False}]
 
 
-def steps(device: torch.device, parallelism: dict[str, Any], micro_batches: int) -> list[float]:
+def steps(device: torch.device, parallelism: dict[str, Any]) -> list[float]:
     torch._dynamo.reset()
     dp = parallelism["dp"]
     settings = settings_of({**FAMILIES["llama"], **WIDE}, parallelism=parallelism, optim={"lr": 1e-4}, cluster={"device": "gpu"},
-                           train={"micro_batch_size": 2, "global_batch_size": 2 * micro_batches * dp, "eval_batches": 1})  # fmt: skip
+                           train={"micro_batch_size": 2, "global_batch_size": 4 * dp, "eval_batches": 1})  # fmt: skip
     made, out = trainer(settings, device), list[float]()
     with closing(made.model), mock.patch.object(direct, "add_up", side_effect=direct.add_up) as added:
         for number in range(8):
@@ -41,6 +42,7 @@ def steps(device: torch.device, parallelism: dict[str, Any], micro_batches: int)
 
 
 def ranks(rank: int, size: int, store: str) -> None:
+    faulthandler.dump_traceback_later(600, exit=True)  # ranks that wait for one another say where
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream())
@@ -49,15 +51,15 @@ def ranks(rank: int, size: int, store: str) -> None:
     if size % 4 == 0:
         layouts += [{"tp": 2, "dp": size // 2}, {"tp": 1, "dp": size, "dp_replicate": 2}]
     for layout in layouts:
-        for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 2e-3)):
-            for micro_batches in (1, 2):
-                base = {**layout, "param_dtype": dtype}
-                expected = steps(device, {**base, "cuda_graphs": False}, micro_batches)
-                for way in WAYS:
-                    given = steps(device, {**base, "direct_fsdp": True, **way}, micro_batches)
-                    assert given == pytest.approx(expected, rel=tolerance), (layout, dtype, way)
+        for dtype, tolerance, ways in (("float32", 1e-5, WAYS[:1]), ("bfloat16", 2e-3, WAYS)):
+            base = {**layout, "param_dtype": dtype}
+            expected = steps(device, {**base, "cuda_graphs": False})
+            for way in ways:
+                given = steps(device, {**base, "direct_fsdp": True, **way})
+                assert given == pytest.approx(expected, rel=tolerance), (layout, dtype, way)
     torch.cuda.synchronize()
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def test_steps_are_those_of_fsdp2(tmp_path: Path) -> None:

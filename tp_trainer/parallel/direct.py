@@ -12,7 +12,8 @@ left out takes three of its internal names (`install`), the same from torch 2.11
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as internal
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
+from tp_trainer.parallel.shared import Shared
+
 try:
     import triton
     import triton.language as tl
@@ -29,6 +32,7 @@ except ImportError:  # no GPU, or a platform without it
     triton = None
 
 BLOCK = 4096
+ALIGNMENT = 256  # bytes
 
 
 def exchange_directly(model: nn.Module, groups: Sequence[nn.Module], layers: Sequence[nn.Module]) -> None:
@@ -41,12 +45,13 @@ def exchange_directly(model: nn.Module, groups: Sequence[nn.Module], layers: Seq
             neighbours are held at a time.
     """
     install()
+    channel = Channel()
     for group in groups:
         if all(each._orig_size[0] % each.mesh_info.shard_mesh_size == 0 for each in _parameters(group)):
-            group.set_custom_reduce_scatter(Reduce())  # type: ignore[operator]
+            group.set_custom_reduce_scatter(Reduce(channel))  # type: ignore[operator]
     slots = [Slot(), Slot()]
     for number, layer in enumerate(layers):
-        layer.set_custom_all_gather(Gather(_parameters(layer), slots[number % 2]))  # type: ignore[operator]
+        layer.set_custom_all_gather(Gather(_parameters(layer), slots[number % 2], channel))  # type: ignore[operator]
 
     def begin(*_: Any) -> None:
         for slot in slots:  # FSDP2's streams wait for what came before, and no event may be carried into the capture of a graph
@@ -59,19 +64,84 @@ def _parameters(module: nn.Module) -> list[Any]:
     return module._get_fsdp_state()._fsdp_param_group.fsdp_params  # type: ignore[operator]
 
 
+class Channel:
+    """What ranks put into one another's memory, by the copy engines on GPUs.
+
+    All of it follows one another on one stream: the ranks wait for one another in it, and must do so in the same order, also
+    where branches of a CUDA graph are free to run in any.
+    """
+
+    def __init__(self) -> None:
+        self.side: torch.cuda.Stream | None = None
+        self.received: dict[tuple[int, torch.dtype], Shared] = {}
+
+    def gather(self, shards: Sequence[torch.Tensor], memory: Shared, places: Sequence[int]) -> None:
+        """Put shards [n] to their place in everyone's [ranks, n]; those begin at `places`."""
+        with self._beside():
+            memory.meet()  # all are done with what lies there
+            for other in _from(memory.rank, memory.size):
+                for shard, place in zip(shards, places, strict=True):
+                    memory.of(other, shard.shape, place + memory.rank * shard.numel()).copy_(shard)
+            memory.meet()
+
+    def swap(self, pieces: Sequence[torch.Tensor], group: str) -> list[torch.Tensor]:
+        """For pieces [ranks, n] what the others had in this rank's row: [ranks - 1, n], in their order, valid until the next call."""
+        size, widths, dtype = len(pieces[0]), [piece.shape[1] for piece in pieces], pieces[0].dtype
+        places, total = _places(widths, dtype)
+        if (total, dtype) not in self.received:
+            self.received[total, dtype] = Shared((size - 1) * total, pieces[0], group)
+        memory = self.received[total, dtype]
+        with self._beside():
+            memory.meet()
+            for other in _from(memory.rank, size)[:-1]:
+                row = memory.rank - (memory.rank > other)
+                for piece, place in zip(pieces, places, strict=True):
+                    memory.of(other, piece[other].shape, row * total + place).copy_(piece[other])
+            memory.meet()
+        rows = memory.buffer.view(size - 1, total)
+        return [rows[:, place : place + width] for place, width in zip(places, widths, strict=True)]
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        if not torch.cuda.is_available():
+            yield
+            return
+        self.side, main = self.side or torch.cuda.Stream(), torch.cuda.current_stream()
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            yield
+        main.wait_stream(self.side)
+
+
+def _from(rank: int, size: int) -> list[int]:
+    """All ranks, each one's beginning with another, itself the last."""
+    return [(rank + step) % size for step in range(1, size + 1)]
+
+
+def _places(sizes: Sequence[int], dtype: torch.dtype) -> tuple[list[int], int]:
+    """Where tensors of so many elements begin one after the other, aligned; and where the last ends."""
+    places, end = list[int](), 0
+    for size in sizes:
+        places.append(end)
+        end += -(-size * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
+    return places, end
+
+
 class Slot:
     """Whole parameters of one block at a time."""
 
     def __init__(self) -> None:
-        self.tensors: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
+        self.memory: dict[tuple[int, ...], tuple[Shared, list[int], list[torch.Tensor]]] = {}
         self.used: torch.cuda.Event | None = None  # its last block has been computed
 
-    def tensor(self, place: int, numel: int, like: torch.Tensor) -> torch.Tensor:
-        """[numel], the memory of a block's parameter number `place`."""
-        key = place, numel, like.dtype
-        if key not in self.tensors:
-            self.tensors[key] = like.new_empty(numel)
-        return self.tensors[key]
+    def place(self, shards: Sequence[torch.Tensor], group: dist.ProcessGroup) -> tuple[Shared, list[int], list[torch.Tensor]]:
+        """Memory for the whole of shards [n]; where each begins in it, and its [ranks x n]."""
+        sizes = tuple(shard.numel() * group.size() for shard in shards)
+        if sizes not in self.memory:
+            places, total = _places(sizes, shards[0].dtype)
+            memory = Shared(total, shards[0], group.group_name)
+            self.memory[sizes] = memory, places, [memory.of(memory.rank, [size], place) for size, place in zip(sizes, places, strict=True)]
+        return self.memory[sizes]
 
     def release(self) -> None:
         if torch.cuda.is_available():
@@ -81,42 +151,33 @@ class Slot:
 class Gather(AllGather):
     """A block's parameters, each gathered into its own memory."""
 
-    def __init__(self, parameters: Sequence[Any], slot: Slot) -> None:
-        self.parameters, self.slot = parameters, slot
-        self.outputs: list[torch.Tensor] = []
+    def __init__(self, parameters: Sequence[Any], slot: Slot, channel: Channel) -> None:
+        self.parameters, self.slot, self.channel = parameters, slot, channel
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return _nowhere(size, dtype, device)
 
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        inputs: list[torch.Tensor] = output_tensor.inputs  # type: ignore[attr-defined]
-        if not self.outputs:
-            self._place(inputs, group.size())
+    ) -> None:
+        shards: list[torch.Tensor] = output_tensor.inputs  # type: ignore[attr-defined]
+        memory, places, wholes = self.slot.place(shards, group)
         if self.slot.used is not None:
             torch.cuda.current_stream().wait_event(self.slot.used)
-        work = group.allgather_into_tensor_coalesced(self.outputs, inputs)
-        if async_op:
-            return work
-        work.wait()
-        return None
-
-    def _place(self, inputs: Sequence[torch.Tensor], size: int) -> None:
-        assert len(inputs) == len(self.parameters)
-        for place, (parameter, shard) in enumerate(zip(self.parameters, inputs, strict=True)):
-            whole = self.slot.tensor(place, shard.numel() * size, shard)
-            self.outputs.append(whole)
-            # with versions of its own: autograd must not take the next block's weights for a change of this one's
-            parameter.all_gather_outputs = [whole.data]
-            parameter.free_unsharded_param = _nothing
+        self.channel.gather(shards, memory, places)
+        for parameter, whole in zip(self.parameters, wholes, strict=True):
+            if not parameter.all_gather_outputs:
+                # with versions of its own: autograd must not take the next block's weights for a change of this one's
+                parameter.all_gather_outputs = [whole.data]
+                parameter.free_unsharded_param = _nothing
         self.parameters[-1].free_unsharded_param = self.slot.release  # FSDP2 frees them in this order
 
 
 class Reduce(ReduceScatter):
     """Gradients exchanged in their own dtype, added up in that of the result."""
 
-    def __init__(self) -> None:
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
         self.given: torch.Tensor | None = None
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -127,23 +188,15 @@ class Reduce(ReduceScatter):
 
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
-    ) -> dist.Work | None:
+    ) -> None:
         assert input_tensor is self.given and op in (dist.ReduceOp.AVG, dist.ReduceOp.SUM), op
         self.given = None
         ranks, rank = group.size(), group.rank()
         pieces: list[torch.Tensor] = [gradient.view(ranks, -1) for gradient in input_tensor.gradients]  # type: ignore[attr-defined]
-        received = [piece.new_empty(ranks - 1, piece.shape[1]) for piece in pieces]
-        others, exchanged = [other for other in range(ranks) if other != rank], list[dist.P2POp]()
-        for piece, places in zip(pieces, received, strict=True):
-            for place, other in zip(places, others, strict=True):
-                exchanged.append(dist.P2POp(dist.isend, piece[other], group=group, group_peer=other))
-                exchanged.append(dist.P2POp(dist.irecv, place, group=group, group_peer=other))
-        for work in dist.batch_isend_irecv(exchanged):
-            work.wait()
+        received = self.channel.swap(pieces, group.group_name)
         outputs = output_tensor.split([piece.shape[1] for piece in pieces])
-        for output, piece, places in zip(outputs, pieces, received, strict=True):
-            add_up(output, piece[rank], places, rank, 1 / ranks if op == dist.ReduceOp.AVG else 1.0)
-        return None
+        for output, piece, others in zip(outputs, pieces, received, strict=True):
+            add_up(output, piece[rank], others, rank, 1 / ranks if op == dist.ReduceOp.AVG else 1.0)
 
 
 def add_up(output: torch.Tensor, own: torch.Tensor, others: torch.Tensor, rank: int, factor: float) -> None:
@@ -156,7 +209,8 @@ def add_up(output: torch.Tensor, own: torch.Tensor, others: torch.Tensor, rank: 
     """
     if output.is_cuda and own.numel():
         grid = (triton.cdiv(own.numel(), BLOCK),)
-        _add_kernel[grid](own, others, output, own.numel(), factor, RANK=rank, RANKS=len(others) + 1, BLOCK=BLOCK, num_warps=8)
+        sizes, constants = (own.numel(), others.stride(0), factor), {"RANK": rank, "RANKS": len(others) + 1, "BLOCK": BLOCK}
+        _add_kernel[grid](own, others, output, *sizes, **constants, num_warps=8)
         return
     for number, part in enumerate([*others[:rank], own, *others[rank:]]):
         output.copy_(part) if number == 0 else output.add_(part)
@@ -213,8 +267,8 @@ def install() -> torch.library.Library:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["count"])
-    def _add_kernel(own, others, output, count, factor, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit(do_not_specialize=["count", "row"])
+    def _add_kernel(own, others, output, count, row, factor, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < count
         total = tl.zeros((BLOCK,), tl.float32)
@@ -222,7 +276,7 @@ if triton is not None:
             if other == RANK:
                 part = tl.load(own + at, inside)
             else:
-                part = tl.load(others + (other if other < RANK else other - 1) * count.to(tl.int64) + at, inside)
+                part = tl.load(others + (other if other < RANK else other - 1) * row.to(tl.int64) + at, inside)
             total += part.to(tl.float32)
         tl.store(output + at, total * factor, inside)
 

@@ -7,9 +7,11 @@ The decomposition is that of Wang et al. 2023 (doi:10.1145/3567955.3567959), whi
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric
+
+from tp_trainer.parallel.shared import Shared
 
 _ops = torch.ops._c10d_functional
 
@@ -119,22 +121,17 @@ def _sum_of_products(xs: list[torch.Tensor], factors: list[torch.Tensor], rank: 
             torch.mm(part, factor, out=out)
 
 
-class _Channel:
-    """A group's symmetric memory for pieces of one shape, and the stream on which its copies follow one another."""
+class _Channel(Shared):
+    """A group's memory for pieces of one shape, and the stream on which its copies follow one another."""
 
     def __init__(self, group: str, shape: tuple[int, ...], like: torch.Tensor, side: torch.cuda.Stream) -> None:
-        self.buffer = symmetric.empty(*shape, dtype=like.dtype, device=like.device)
-        self.handle = symmetric.rendezvous(self.buffer, group)  # type: ignore[arg-type]  # a name
-        self.rank, self.side = self.handle.rank, side
-
-    def meet(self) -> None:
-        """All ranks' streams wait here for one another."""
-        self.handle.barrier(channel=0)
+        super().__init__(math.prod(shape), like, group)
+        self.buffer, self.side = self.buffer.view(shape), side
 
     def slot(self, rank: int, number: int) -> torch.Tensor:
         """Of another rank's buffer."""
         piece = self.buffer[number]
-        return self.handle.get_buffer(rank, piece.shape, piece.dtype, number * piece.numel())
+        return self.of(rank, piece.shape, number * piece.numel())
 
 
 _channels: dict[tuple[str, tuple[int, ...], torch.dtype], _Channel] = {}
@@ -153,26 +150,3 @@ def close() -> None:
     """Give up the memory that the ranks share, before their process groups end."""
     _channels.clear()
     _sides.clear()
-
-
-def possible(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether the ranks' GPUs reach one another's memory; a collective."""
-    if device.type != "cuda":
-        return False
-    where: list[tuple[str, int]] = [("", 0)] * dist.get_world_size(group)
-    dist.all_gather_object(where, (_boot_id(), device.index), group=group)
-    others = {index for _, index in where} - {device.index}
-    own = (
-        len({host for host, _ in where}) == 1
-        and len(others) == len(where) - 1  # each sees the others' GPUs, not only its own
-        and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
-    )
-    answers: list[bool] = [False] * len(where)
-    dist.all_gather_object(answers, own, group=group)
-    return all(answers)
-
-
-def _boot_id() -> str:
-    """The same for all processes of a machine, and for no others."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read()

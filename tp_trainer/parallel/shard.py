@@ -14,10 +14,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tp_trainer.config import ConfigError, Parallelism
 from tp_trainer.parallel import gradient_copies
-from tp_trainer.parallel.exchange import possible
 from tp_trainer.parallel.mesh import Mesh
 from tp_trainer.parallel.overlap import compile_options
 from tp_trainer.parallel.precision import place
+from tp_trainer.parallel.shared import possible
 
 
 def dtypes(parallelism: Parallelism, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
@@ -56,12 +56,14 @@ def is_async_tp(parallelism: Parallelism, mesh: Mesh) -> bool:
 
 
 def is_direct(parallelism: Parallelism, mesh: Mesh) -> bool:
-    """Whether FSDP2 exchanges without copies; a collective. Not run on GPUs yet, hence not the default."""
+    """Whether FSDP2 exchanges without copies; a collective. Only between GPUs that reach one another."""
     if not parallelism.direct_fsdp or mesh.dp_size == 1:
         return False
-    if mesh.device.type == "cuda" and not possible(mesh.full["dp"].get_group(), mesh.device):
+    if possible(mesh.full["dp"].get_group(), mesh.device):
+        return True
+    if mesh.device.type == "cuda":
         raise ConfigError("parallelism.direct_fsdp", True, "the GPUs of a dp group don't reach one another's memory; leave it out")
-    return True
+    return False
 
 
 def shard(

@@ -1,0 +1,54 @@
+"""Memory that the ranks of a group reach on one another's GPUs, and that the copy engines fill: no multiprocessor takes part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
+
+
+class Shared:
+    """A buffer of the same size on every rank of a group. To make one is a collective; once the ranks' groups end, it is useless.
+
+    Args:
+        numel, like: its size, and whose dtype and device it has.
+        group: a process group's name.
+    """
+
+    def __init__(self, numel: int, like: torch.Tensor, group: str) -> None:
+        self.buffer = symmetric.empty(numel, dtype=like.dtype, device=like.device)
+        self.handle = symmetric.rendezvous(self.buffer, group)  # type: ignore[arg-type]  # a name
+        self.rank, self.size = self.handle.rank, self.handle.world_size
+
+    def meet(self) -> None:
+        """All ranks' streams wait here for one another."""
+        self.handle.barrier(channel=0)
+
+    def of(self, rank: int, shape: Sequence[int], offset: int) -> torch.Tensor:
+        """A part of a rank's buffer, from element `offset` on."""
+        return self.handle.get_buffer(rank, tuple(shape), self.buffer.dtype, offset)
+
+
+def possible(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the ranks' GPUs reach one another's memory; a collective."""
+    if device.type != "cuda":
+        return False
+    where: list[tuple[str, int]] = [("", 0)] * dist.get_world_size(group)
+    dist.all_gather_object(where, (_boot_id(), device.index), group=group)
+    others = {index for _, index in where} - {device.index}
+    own = (
+        len({host for host, _ in where}) == 1
+        and len(others) == len(where) - 1  # each sees the others' GPUs, not only its own
+        and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
+    )
+    answers: list[bool] = [False] * len(where)
+    dist.all_gather_object(answers, own, group=group)
+    return all(answers)
+
+
+def _boot_id() -> str:
+    """The same for all processes of a machine, and for no others."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read()
