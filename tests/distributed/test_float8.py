@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -10,17 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain_reference import FAMILIES, settings_of
-from rank_cases import Watch, trainer
+from rank_cases import trainer
 from rank_pool import RankPool
 
-from tp_trainer.parallel import float8, tensor
-from tp_trainer.parallel.collectives import _Scatter
+from tp_trainer.parallel import float8
 
 # rows, and with tp 4 each rank's features, are multiples of 16
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
-
-
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def restored(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -29,17 +24,15 @@ def restored(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])])
-def test_products_are_those_of_the_rounded_matrices(device: str, dtype: torch.dtype) -> None:
+def test_products_are_those_of_the_rounded_matrices(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    sizes = ((2, 32, 64), (96, 64), (96,), (2, 32, 96))
-    x, weight, bias, gradient = (torch.randn(size, dtype=dtype, device=device, requires_grad=True) for size in sizes)
+    x, weight, bias, gradient = (torch.randn(size, dtype=dtype, requires_grad=True) for size in ((2, 32, 64), (96, 64), (96,), (2, 32, 96)))
     scaled = (weight * 1e-3).detach().requires_grad_()  # far below what float8 has without a scale
     out = float8.linear(x, scaled, bias)
     out.backward(gradient)
     low_x, low_weight = restored(x.detach(), torch.float8_e4m3fn), restored(scaled.detach(), torch.float8_e4m3fn)
     low_gradient = restored(gradient.detach(), torch.float8_e5m2)
-    rounding = 1e-2 if dtype == torch.bfloat16 else 1e-5 if device == "cpu" else 2e-3  # GPUs add up with fewer bits
+    rounding = 1e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(out.double(), low_x @ low_weight.t() + bias.double(), rtol=rounding, atol=rounding)
     torch.testing.assert_close(x.grad.double(), low_gradient @ low_weight, rtol=1e-2, atol=1e-4)  # type: ignore[union-attr]
     expected = low_gradient.flatten(0, 1).t() @ low_x.flatten(0, 1)
@@ -110,34 +103,3 @@ def test_training_goes_the_same_way(ranks: RankPool, parallelism: dict[str, Any]
         assert products == graphs > 0, "no graph more than without"
     elif "activation_checkpointing" not in parallelism:
         assert products == 3 * 7 * FAMILIES["llama"]["num_hidden_layers"], "each of a block's seven linears three times"
-
-
-def gathered(in_float8: bool, parallelism: dict[str, Any]) -> tuple[list[float], int]:
-    """Losses and gradient norms of three steps, and the bytes that all-gathers of the third gave."""
-
-    def separately(x: torch.Tensor, weight: torch.Tensor, group: str, size: int) -> torch.Tensor:
-        out = float8.linear(x, weight, None)
-        return _Scatter.apply(out.reshape(size, -1, out.shape[-1]), group, size)
-
-    settings = settings_of({**FAMILIES["llama"], **SIZES}, parallelism={**parallelism, "float8": True}, optim={"lr": 3e-3},
-                           data={"seq_length": 32}, train={"micro_batch_size": 1, "global_batch_size": 1})  # fmt: skip
-    nbytes = list[int]()
-    watch = Watch(lambda name, outputs: nbytes.extend(each.nbytes for each in outputs if "all_gather_into_tensor" in name))
-    with ExitStack() as stack:
-        if not in_float8:
-            stack.enter_context(mock.patch.object(tensor, "_in_float8", return_value=False))
-            stack.enter_context(mock.patch.object(float8, "linear_and_leave", side_effect=separately))
-        made = trainer(settings)
-        numbers = [number for _ in range(2) for number in made.step()]
-        with watch:
-            numbers += made.step()
-    return numbers, sum(nbytes)
-
-
-@pytest.mark.parametrize("tp", [2, 4])
-def test_rows_are_gathered_in_float8_and_nothing_changes(ranks: RankPool, tp: int) -> None:
-    parallelism = {"tp": tp, "dp": 1, "param_dtype": "bfloat16"}
-    (given, few), (expected, many) = (ranks.run(tp, gathered, way, parallelism)[0] for way in (True, False))
-    assert given == expected, "to the last bit"
-    blocks = 4 * 32 * SIZES["hidden_size"] * FAMILIES["llama"]["num_hidden_layers"]  # two regions, forward and backward
-    assert many - few == blocks, "a byte an element instead of two"
