@@ -39,7 +39,7 @@ def test_where_products_go_on_beside_the_exchange(choice: dict[str, Any], tp: in
 def test_where_fsdp_exchanges_directly(reached: Any) -> None:
     assert not shard.is_direct(Parallelism(), mesh(1, 2))
     assert shard.is_direct(Parallelism(direct_fsdp=True), mesh(1, 2)) and not shard.is_direct(Parallelism(direct_fsdp=True), mesh(2, 1))
-    assert shard.is_direct(Parallelism(direct_fsdp=True), mesh(1, 2, CPU))
+    assert not shard.is_direct(Parallelism(direct_fsdp=True), mesh(1, 2, CPU))
 
 
 @pytest.mark.parametrize("key", ["async_tp", "direct_fsdp"])

@@ -17,7 +17,7 @@ from rank_cases import Trainer, trainer
 from rank_pool import RankPool
 
 from tp_trainer.loop import evaluate
-from tp_trainer.parallel import direct, shard
+from tp_trainer.parallel import direct, shard, shared
 from tp_trainer.parallel.shared import Shared
 
 DEEP = {"num_hidden_layers": 5}  # each of the two sets of buffers has several blocks to hold
@@ -30,13 +30,14 @@ class Mapped(Shared):
     """Memory that processes reach by a file, where there is none of GPUs."""
 
     def __init__(self, numel: int, like: torch.Tensor, group: str) -> None:
-        self.group, self.dtype = dist.distributed_c10d._resolve_process_group(group), like.dtype
+        self.group, self.dtype = dist.distributed_c10d._resolve_process_group(group), like.dtype  # type: ignore[arg-type]  # a name
         self.rank, self.size = self.group.rank(), self.group.size()
         own = Path(tempfile.mkdtemp(), "memory")
         own.write_bytes(bytes(numel * like.dtype.itemsize))
         self.files = [str(own)] * self.size
         dist.all_gather_object(self.files, str(own), group=self.group)
-        self.buffer = self.of(self.rank, (numel,), 0)
+        self.buffer, self.handle = self.of(self.rank, (numel,), 0), None  # type: ignore[assignment]
+        shared._open.add(self)
 
     def meet(self) -> None:
         dist.barrier(self.group)
@@ -111,3 +112,18 @@ def test_blocks_are_gathered_in_place_and_gradients_sent_as_they_are(ranks: Rank
     assert own["copied"] - ours["copied"] == 2 * ours["blocks"], "once for the forward pass, once for the backward pass"
     assert (own["received"], ours["received"]) == (0, ours["all"]), "half of them from the other rank, two bytes each"
     assert ours["held"] == 2 * ours["blocks"] // ours["layers"], "two blocks at a time"
+
+
+@mock.patch.object(direct, "Shared", Mapped)
+def left_over() -> list[bool]:
+    """For each shared memory of a model that was closed, whether it is still there."""
+    made = made_of(settings_of(FAMILIES["qwen2"], parallelism=LAYOUTS["tp1_dp2"], train={"global_batch_size": 4}))
+    made.step()
+    memories = list(shared._open)
+    made.model.close()
+    return [hasattr(memory, "buffer") or hasattr(memory, "handle") for memory in memories]
+
+
+def test_a_closed_model_shares_nothing(ranks: RankPool) -> None:
+    for memories in ranks.run(2, left_over):
+        assert memories and not any(memories)

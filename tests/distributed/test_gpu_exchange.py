@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from tp_trainer.parallel import exchange
+from tp_trainer.parallel.shared import possible
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 ROWS, INNER, WIDTHS = 96, 128, (160, 64)
@@ -68,7 +69,7 @@ def ranks(rank: int, size: int, store: str) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.FileStore(store, size), rank=rank, world_size=size)
     draw = torch.Generator().manual_seed(rank)
     group = dist.distributed_c10d._get_default_group()
-    assert exchange.possible(group, torch.device("cuda", rank))
+    assert possible(group, torch.device("cuda", rank))
     check(rank, size, group.group_name, draw)
     exchange.close()
     torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -75,6 +76,7 @@ def connected(cluster: Cluster, needed: float) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about what we don't rely on
     if cluster.kind == "local" and not inside_ray_job():
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains this machine: a process less per start
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # a process for each core, and Train takes none of them
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -84,7 +86,8 @@ def connected(cluster: Cluster, needed: float) -> Iterator[None]:
     if not ray.is_initialized():
         if cluster.kind == "local" and not inside_ray_job():
             cores = max(os.cpu_count() or 1, math.ceil(needed))
-            ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)
+            with _importing("ray.train.torch"):  # torch comes with it; meanwhile Ray's own processes start
+                ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)
             _owns_ray.append(True)
         else:
             _check_answers(cluster.address)
@@ -103,6 +106,16 @@ def connected(cluster: Cluster, needed: float) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         ray.shutdown()  # takes the workers with it
         raise
+
+
+@contextmanager
+def _importing(module: str) -> Iterator[None]:
+    thread = threading.Thread(target=importlib.import_module, args=(module,))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _check_answers(address: str | None) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tp_trainer.config import Config, ConfigError, Parallelism
 from tp_trainer.models.split import is_gradient_summed, split_table
 from tp_trainer.models.weights import draw_weights, find_weights, read_weights
-from tp_trainer.parallel import attention, exchange
+from tp_trainer.parallel import attention, exchange, shared
 from tp_trainer.parallel.collectives import TensorRegion
 from tp_trainer.parallel.mesh import Mesh
 from tp_trainer.parallel.precision import ComputeCopies
@@ -80,6 +80,7 @@ class ParallelModel:
         """Give up what must be gone before the process groups are; nothing can be done with the model afterwards."""
         self.micro_step.close()
         exchange.close()
+        shared.close_all()
 
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids and labels; from pinned memory, which the host doesn't have to wait for."""

@@ -147,6 +147,6 @@ def _channel(group: str, shape: tuple[int, ...], like: torch.Tensor) -> _Channel
 
 
 def close() -> None:
-    """Give up the memory that the ranks share, before their process groups end."""
+    """Forget the channels; `shared` gives up their memory."""
     _channels.clear()
     _sides.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed._symmetric_memory as symmetric
 
 
 class Shared:
-    """A buffer of the same size on every rank of a group. To make one is a collective; once the ranks' groups end, it is useless.
+    """A buffer of the same size on every rank of a group, until `close_all`. To make one is a collective.
 
     Args:
         numel, like: its size, and whose dtype and device it has.
@@ -21,6 +22,10 @@ class Shared:
         self.buffer = symmetric.empty(numel, dtype=like.dtype, device=like.device)
         self.handle = symmetric.rendezvous(self.buffer, group)  # type: ignore[arg-type]  # a name
         self.rank, self.size = self.handle.rank, self.handle.world_size
+        _open.add(self)
+
+    def close(self) -> None:
+        del self.buffer, self.handle
 
     def meet(self) -> None:
         """All ranks' streams wait here for one another."""
@@ -29,6 +34,17 @@ class Shared:
     def of(self, rank: int, shape: Sequence[int], offset: int) -> torch.Tensor:
         """A part of a rank's buffer, from element `offset` on."""
         return self.handle.get_buffer(rank, tuple(shape), self.buffer.dtype, offset)
+
+
+_open: weakref.WeakSet[Shared] = weakref.WeakSet()
+
+
+def close_all() -> None:
+    """Give up what ranks share, before their groups end: collected later, in the capture of another CUDA graph, it ends the process."""
+    if _open and torch.cuda.is_available():
+        torch.cuda.synchronize()
+    while _open:
+        _open.pop().close()
 
 
 def possible(group: dist.ProcessGroup, device: torch.device) -> bool:
