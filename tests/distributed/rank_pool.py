@@ -6,6 +6,7 @@ torch and transformers are imported once per process, and a case pays for a proc
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import multiprocessing
 import os
@@ -133,6 +134,8 @@ def _serve(rank: int, pipe: Connection, stack_file: str) -> None:
         import tp_trainer.loop
         import tp_trainer.models.build  # noqa: F401
 
+        gc.collect()
+        gc.freeze()  # what was imported stays
         pipe.send_bytes(b"ready")
         while True:
             try:
@@ -146,6 +149,7 @@ def _serve(rank: int, pipe: Connection, stack_file: str) -> None:
                 dist.barrier()  # nobody leaves while another still reads from it
             except BaseException:
                 answer = (False, traceback.format_exc())
+            gc.collect()  # what a case leaves goes while its groups are there, and not amid another case
             if dist.is_initialized():
                 dist.destroy_process_group()
             _forget_meshes()
