@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -32,10 +31,12 @@ class Mapped(Shared):
     def __init__(self, numel: int, like: torch.Tensor, group: str) -> None:
         self.group, self.dtype = dist.distributed_c10d._resolve_process_group(group), like.dtype  # type: ignore[arg-type]  # a name
         self.rank, self.size = self.group.rank(), self.group.size()
-        own = Path(tempfile.mkdtemp(), "memory")
-        own.write_bytes(bytes(numel * like.dtype.itemsize))
-        self.files = [str(own)] * self.size
-        dist.all_gather_object(self.files, str(own), group=self.group)
+        with tempfile.NamedTemporaryFile() as own:
+            own.truncate(numel * like.dtype.itemsize)
+            files = [own.name] * self.size
+            dist.all_gather_object(files, own.name, group=self.group)
+            self.maps = [np.memmap(file, np.uint8, "r+") for file in files]
+            self.meet()
         self.buffer, self.handle = self.of(self.rank, (numel,), 0), None  # type: ignore[assignment]
         shared._open.add(self)
 
@@ -44,8 +45,7 @@ class Mapped(Shared):
 
     def of(self, rank: int, shape: Sequence[int], offset: int) -> torch.Tensor:
         numel, size = torch.Size(shape).numel(), self.dtype.itemsize
-        piece = np.memmap(self.files[rank], np.uint8, "r+", offset * size, (numel * size,))
-        return torch.from_numpy(piece).view(self.dtype).view(*shape)
+        return torch.from_numpy(self.maps[rank][offset * size :][: numel * size]).view(self.dtype).view(*shape)
 
 
 def made_of(settings: dict[str, Any]) -> Trainer:
@@ -117,7 +117,8 @@ def test_blocks_are_gathered_in_place_and_gradients_sent_as_they_are(ranks: Rank
 @mock.patch.object(direct, "Shared", Mapped)
 def left_over() -> list[bool]:
     """For each shared memory of a model that was closed, whether it is still there."""
-    made = made_of(settings_of(FAMILIES["qwen2"], parallelism=LAYOUTS["tp1_dp2"], train={"global_batch_size": 4}))
+    parallelism = {**LAYOUTS["tp1_dp2"], "direct_fsdp": True}
+    made = made_of(settings_of(FAMILIES["qwen2"], parallelism=parallelism, train={"global_batch_size": 4}))
     made.step()
     memories = list(shared._open)
     made.model.close()

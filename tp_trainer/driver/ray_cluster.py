@@ -110,6 +110,7 @@ def connected(cluster: Cluster, needed: float) -> Iterator[None]:
 
 @contextmanager
 def _importing(module: str) -> Iterator[None]:
+    """A module is imported meanwhile, in a thread."""
     thread = threading.Thread(target=importlib.import_module, args=(module,))
     thread.start()
     try:

@@ -1,4 +1,4 @@
-"""FSDP2's exchange without its copies, between ranks of one machine.
+"""FSDP2's exchange without its copies, between GPUs that reach one another's memory, by their copy engines.
 
 FSDP2 gathers a block into one buffer, rank after rank, copies each parameter out of it, and copies gradients, widened, into
 another buffer that it reduces. Here parameters are gathered to where they are used, two sets of buffers that the blocks take in
