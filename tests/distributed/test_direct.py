@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -112,6 +113,39 @@ def test_blocks_are_gathered_in_place_and_gradients_sent_as_they_are(ranks: Rank
     assert own["copied"] - ours["copied"] == 2 * ours["blocks"], "once for the forward pass, once for the backward pass"
     assert (own["received"], ours["received"]) == (0, ours["all"]), "half of them from the other rank, two bytes each"
     assert ours["held"] == 2 * ours["blocks"] // ours["layers"], "two blocks at a time"
+
+
+def values(rank: int, call: int, *shape: int) -> torch.Tensor:
+    return torch.arange(torch.Size(shape).numel()).view(shape) + 1000.0 * rank + 100.0 * call
+
+
+@mock.patch.object(direct, "Shared", Mapped)
+def exchanged() -> None:
+    """Two calls of each, the last rank always late to use what it has got."""
+    group = dist.distributed_c10d._get_default_group()
+    rank, ranks = group.rank(), group.size()
+    channel, slot = direct.Channel(), direct.Slot()
+    for call in range(2):
+        shards = [values(rank, call, 3), values(rank, call, 70)]
+        memory, places, wholes = slot.place(shards, group)
+        channel.gather(shards, memory, places)
+        time.sleep(0.5 * (rank == ranks - 1))
+        for whole, count in zip(wholes, (3, 70), strict=True):
+            assert torch.equal(whole, torch.cat([values(each, call, count) for each in range(ranks)])), call
+    for call in range(2):
+        pieces = [values(rank, call, ranks, 3), values(rank, call, ranks, 70)]
+        received = channel.swap(pieces, group.group_name)
+        time.sleep(0.5 * (rank == ranks - 1))
+        for piece, others, count in zip(pieces, received, (3, 70), strict=True):
+            from_each = [values(each, call, ranks, count)[rank] for each in range(ranks)]
+            assert torch.equal(others, torch.stack(from_each[:rank] + from_each[rank + 1 :])), call
+            total = torch.empty(count)
+            direct.add_up(total, piece[rank], others, rank, 1 / ranks)
+            torch.testing.assert_close(total, torch.stack(from_each).mean(0))
+
+
+def test_four_ranks_put_everything_where_it_belongs(ranks: RankPool) -> None:
+    ranks.run(4, exchanged)
 
 
 @mock.patch.object(direct, "Shared", Mapped)
