@@ -124,6 +124,7 @@ def _serve(rank: int, pipe: Connection, stack_file: str) -> None:
     with Path(stack_file).open("w") as file:
         faulthandler.enable(file)
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
+        gc.disable()  # it would take a seventh of the time of the imports
         import torch
         import torch.distributed as dist
         import transformers
@@ -134,8 +135,8 @@ def _serve(rank: int, pipe: Connection, stack_file: str) -> None:
         import tp_trainer.loop
         import tp_trainer.models.build  # noqa: F401
 
-        gc.collect()
         gc.freeze()  # what was imported stays
+        gc.enable()
         pipe.send_bytes(b"ready")
         while True:
             try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tp_trainer.checkpoint.store import Store
 from tp_trainer.config import Config, ConfigError, Unrecoverable, plain
-from tp_trainer.driver.ray_cluster import environment_of
+from tp_trainer.driver.ray_cluster import environment_of, no_collections
 from tp_trainer.watch import hear_sigterm
 
 POLL_SECONDS = 0.2
@@ -99,7 +99,9 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     module, _, name = settings["recipe"].partition(":")
     try:
-        return getattr(importlib.import_module(module), name)(settings)
+        with no_collections():
+            recipe = getattr(importlib.import_module(module), name)
+        return recipe(settings)
     except ConfigError as error:
         return {"refused": (error.key, error.value, error.message)}
     except Unrecoverable as error:
