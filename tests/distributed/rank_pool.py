@@ -15,7 +15,6 @@ import signal
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -41,17 +40,6 @@ class RankPool:
         self.cases = 0
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
-        """What `once` gives. A case is run again, with a warning, where a thread that runs no Python crashed, none of ours: one of
-        gloo's was seen to, in a collective (torch 2.13), once in many runs of all tests."""
-        try:
-            return self.once(world, function, *args, timeout=timeout)
-        except RankError as error:
-            if "Fatal Python error: Segmentation fault" not in str(error) or "Current thread" in str(error):
-                raise
-            warnings.warn(f"run again, a thread of a library crashed: {error}", stacklevel=2)
-        return self.once(world, function, *args, timeout=timeout)
-
-    def once(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
         """The results of `function(*args)` on the first `world` ranks, with a fresh default process group of them.
 
         Args:
@@ -136,19 +124,19 @@ def _serve(rank: int, pipe: Connection, stack_file: str) -> None:
     with Path(stack_file).open("w") as file:
         faulthandler.enable(file)
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
-        gc.disable()  # it would take a seventh of the time of the imports
-        import torch
-        import torch.distributed as dist
-        import transformers
+        from tp_trainer.driver.ray_cluster import no_collections
+
+        with no_collections():
+            import torch
+            import torch.distributed as dist
+            import transformers
+
+            import tp_trainer.loop
+            import tp_trainer.models.build  # noqa: F401
 
         torch.set_num_threads(1)
         logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # of gathering whole tensors: slow, it says
         transformers.utils.logging.set_verbosity_error()
-        import tp_trainer.loop
-        import tp_trainer.models.build  # noqa: F401
-
-        gc.freeze()  # what was imported stays
-        gc.enable()
         pipe.send_bytes(b"ready")
         while True:
             try:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -44,15 +42,6 @@ def crash_on(rank: int) -> None:
     dist.barrier()
 
 
-def crash_beside(marker: str) -> int:
-    """The first time, in a thread that runs no Python."""
-    if not Path(marker).exists():
-        Path(marker).touch()
-        ctypes.CDLL(None).pthread_create(ctypes.byref(ctypes.c_ulong()), None, ctypes.c_void_p(8), None)
-        time.sleep(60)
-    return 1
-
-
 @pytest.mark.parametrize("world", [4, 1, 2, 4])
 def test_worlds(ranks: RankPool, world: int) -> None:
     assert ranks.run(world, total, 10) == [10.0 * world + sum(range(world))] * world
@@ -68,14 +57,5 @@ def test_failures() -> None:
         with pytest.raises(RankError, match=r"(?s)no answer after 3 s.*rank 1 hangs.*in hang_on"):
             pool.run(2, hang_on, 1, timeout=3)
         assert pool.run(2, total, 0) == [1.0, 1.0]
-    finally:
-        pool.stop()
-
-
-def test_a_crash_outside_python_is_run_again_once(tmp_path: Path) -> None:
-    pool = RankPool(1)
-    try:
-        with pytest.warns(UserWarning, match=r"(?s)run again.*died \(exit code -11\)"):
-            assert pool.run(1, crash_beside, str(tmp_path / "marker"), timeout=60) == [1]
     finally:
         pool.stop()
