@@ -165,11 +165,12 @@ class Gather(AllGather):
         if self.slot.used is not None:
             torch.cuda.current_stream().wait_event(self.slot.used)
         self.channel.gather(shards, memory, places)
+        if self.parameters[-1].all_gather_outputs:
+            return
         for parameter, whole in zip(self.parameters, wholes, strict=True):
-            if not parameter.all_gather_outputs:
-                # with versions of its own: autograd must not take the next block's weights for a change of this one's
-                parameter.all_gather_outputs = [whole.data]
-                parameter.free_unsharded_param = _nothing
+            # with versions of its own: autograd must not take the next block's weights for a change of this one's
+            parameter.all_gather_outputs = [whole.data]
+            parameter.free_unsharded_param = _nothing
         self.parameters[-1].free_unsharded_param = self.slot.release  # FSDP2 frees them in this order
 
 
