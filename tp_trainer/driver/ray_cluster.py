@@ -58,6 +58,11 @@ def started(config: Config, store: Store, before: Callable[[], None] = lambda: N
         yield owner
 
 
+def owns_ray() -> bool:
+    """Whether this process started the Ray that it uses."""
+    return bool(_owns_ray)
+
+
 def inside_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 

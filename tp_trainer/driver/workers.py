@@ -16,7 +16,7 @@ from typing import Any
 
 from tp_trainer.checkpoint.store import Store
 from tp_trainer.config import Config, ConfigError, Unrecoverable, plain
-from tp_trainer.driver.ray_cluster import environment_of, no_collections
+from tp_trainer.driver.ray_cluster import environment_of, no_collections, owns_ray
 from tp_trainer.watch import hear_sigterm
 
 POLL_SECONDS = 0.2
@@ -145,7 +145,7 @@ def fit(
     values["cluster"]["env"] = {}  # its values travel apart, to no log
     # Ray would take up what it remembers of this name; the storage itself says what there is
     store.remove("checkpoint_manager_snapshot.json")
-    trainer = _trainer_class()(
+    trainer = _trainer_class(owns_ray())(
         _worker,
         train_loop_config={
             **settings, "recipe": recipe, "config": values, "environment": environment, "progress": progress,
@@ -170,13 +170,29 @@ def fit(
     return error, result
 
 
-def _trainer_class() -> Any:
-    """Ray Train's, without its actor for datasets of Ray Data: there are none, and it is one process more beside the workers."""
+def _trainer_class(own: bool) -> Any:
+    """Ray Train's, without its actors that have nothing to do here: each is a process more beside the workers.
+
+    One is for datasets of Ray Data. With a Ray of our `own` the one that asks an autoscaler for nodes goes as well; Train waits
+    until it has started.
+    """
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    class Placed(FixedScalingPolicy):
+        def _send_resource_request(self) -> None:
+            pass
+
+        _maybe_send_resource_request = _cancel_resource_request = _send_resource_request
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             return [each for each in super()._create_default_callbacks() if type(each).__name__ != "DatasetsCallback"]
+
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            if own and isinstance(arguments.get("scaling_policy"), FixedScalingPolicy):
+                arguments["scaling_policy"] = Placed(self.scaling_config)
+            return super()._initialize_and_run_controller(**arguments)
 
     return Trainer
 
