@@ -87,8 +87,9 @@ def connected(cluster: Cluster, needed: float) -> Iterator[None]:
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    if ray.is_initialized() and _owns_ray and ray.cluster_resources().get("CPU", 0) < needed:
+    if ray.is_initialized() and owns_ray() and ray.cluster_resources().get("CPU", 0) < needed:
         ray.shutdown()  # a job after a smaller one, that no sweep foresaw
+        _owns_ray.clear()
     if not ray.is_initialized():
         if cluster.kind == "local" and not inside_ray_job():
             cores = max(os.cpu_count() or 1, math.ceil(needed))
