@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from gpu_ranks import SIZE, spawn
 
 from tp_trainer.parallel import exchange
 from tp_trainer.parallel.shared import possible
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(SIZE < 2, reason="needs two GPUs")]
 ROWS, INNER, WIDTHS = 96, 128, (160, 64)
 
 
 def check(rank: int, size: int, group: str, draw: torch.Generator) -> None:
     """Both operators, several in a row, on other numbers each time; then the same as a graph that is replayed."""
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", torch.cuda.current_device())
     x, *weights = (torch.empty(shape, device=device) for shape in ((ROWS, INNER), *((INNER, width) for width in WIDTHS)))
     wide = [torch.empty(size * ROWS, width, device=device) for width in WIDTHS]
 
@@ -63,19 +63,12 @@ def check(rank: int, size: int, group: str, draw: torch.Generator) -> None:
     graph.reset()
 
 
-def ranks(rank: int, size: int, store: str) -> None:
-    torch.cuda.set_device(rank)
-    torch.cuda.set_stream(torch.cuda.Stream())
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.FileStore(store, size), rank=rank, world_size=size)
-    draw = torch.Generator().manual_seed(rank)
+def on_a_rank(device: torch.device) -> None:
     group = dist.distributed_c10d._get_default_group()
-    assert possible(group, torch.device("cuda", rank))
-    check(rank, size, group.group_name, draw)
+    assert possible(group, device)
+    check(dist.get_rank(), SIZE, group.group_name, torch.Generator().manual_seed(dist.get_rank()))
     exchange.close()
-    torch.cuda.synchronize()
-    dist.destroy_process_group()
 
 
 def test_exchange_beside_products(tmp_path: Path) -> None:
-    size = torch.cuda.device_count()
-    multiprocessing.spawn(ranks, (size, str(tmp_path / "store")), nprocs=size)
+    spawn(on_a_rank, tmp_path / "store")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 
@@ -54,9 +55,10 @@ def possible(group: dist.ProcessGroup, device: torch.device) -> bool:
     where: list[tuple[str, int]] = [("", 0)] * dist.get_world_size(group)
     dist.all_gather_object(where, (_boot_id(), device.index), group=group)
     others = {index for _, index in where} - {device.index}
+    sharing = os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"  # ranks on one GPU, as torch asks for it
     own = (
         len({host for host, _ in where}) == 1
-        and len(others) == len(where) - 1  # each sees the others' GPUs, not only its own
+        and (sharing or len(others) == len(where) - 1)  # each sees the others' GPUs, not only its own
         and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
     )
     answers: list[bool] = [False] * len(where)
