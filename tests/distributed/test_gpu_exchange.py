@@ -10,7 +10,7 @@ import torch.distributed as dist
 from gpu_ranks import SIZE, spawn
 
 from tp_trainer.parallel import exchange
-from tp_trainer.parallel.shared import possible
+from tp_trainer.parallel.shared import Shared, close_all, possible
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(SIZE < 2, reason="needs two GPUs")]
 ROWS, INNER, WIDTHS = 96, 128, (160, 64)
@@ -68,6 +68,27 @@ def on_a_rank(device: torch.device) -> None:
     assert possible(group, device)
     check(dist.get_rank(), SIZE, group.group_name, torch.Generator().manual_seed(dist.get_rank()))
     exchange.close()
+
+
+def made_while_the_device_is_behind(device: torch.device) -> None:
+    """What is queued when memory is made, writes to freed memory that the making takes, touches nothing of it."""
+    rank, group = dist.get_rank(), dist.distributed_c10d._get_default_group().group_name
+    for _ in range(10):
+        torch.cuda._sleep(100_000_000)
+        freed = [torch.full((1,), torch.nan, device=device) for _ in range(8)]
+        del freed
+        memory = Shared(1000, torch.empty(0, device=device), group)
+        memory.meet()
+        memory.buffer.fill_(rank)
+        memory.meet()
+        for other in range(SIZE):
+            assert memory.of(other, [1000], 0).eq(other).all()
+        memory.meet()
+    close_all()
+
+
+def test_memory_is_ready_once_it_is_made(tmp_path: Path) -> None:
+    spawn(made_while_the_device_is_behind, tmp_path / "store")
 
 
 def test_exchange_beside_products(tmp_path: Path) -> None:

@@ -21,7 +21,11 @@ class Shared:
 
     def __init__(self, numel: int, like: torch.Tensor, group: str) -> None:
         self.buffer = symmetric.empty(numel, dtype=like.dtype, device=like.device)
+        # torch writes what the ranks signal by, and the table of everyone's addresses, on the device's default stream, which ours
+        # don't wait for, the table to where queued work may still write (its newest sources no longer do)
+        torch.cuda.synchronize()
         self.handle = symmetric.rendezvous(self.buffer, group)  # type: ignore[arg-type]  # a name
+        torch.cuda.synchronize()
         self.rank, self.size = self.handle.rank, self.handle.world_size
         _open.add(self)
 
