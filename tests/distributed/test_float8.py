@@ -48,6 +48,13 @@ def test_products_are_those_of_the_rounded_matrices(device: str, dtype: torch.dt
     assert 0.01 < ((float8.linear(x, scaled, None) - whole).norm() / whole.norm()).item() < 0.06, "three bits of mantissa"
 
 
+def test_each_matrix_is_looked_through_once() -> None:
+    x, weight = torch.randn(32, 64, requires_grad=True), torch.randn(96, 64, requires_grad=True)
+    with mock.patch.object(float8, "scale_of", side_effect=float8.scale_of) as looked:
+        float8.linear(x, weight, None).sum().backward()
+    assert [call.args[0].shape for call in looked.call_args_list] == [x.shape, weight.shape, (32, 96)]
+
+
 def test_scales_never_overflow_and_zeros_stay() -> None:
     for dtype in (float8.FORWARD, float8.BACKWARD):
         for factor in (1e-30, 1e-4, 1.0, 1e6, 1e30):

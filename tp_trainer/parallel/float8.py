@@ -31,10 +31,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return out if bias is None else out + bias
 
 
-def quantised(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x in float8, and the float32 scalar that brings it back."""
-    largest = torch.finfo(dtype).max
-    scale = largest / x.abs().amax().float().clamp(min=1e-12)
+def scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The float32 scalar by which x is multiplied, so that its largest element is the largest of the dtype."""
+    return torch.finfo(dtype).max / x.abs().amax().float().clamp(min=1e-12)
+
+
+def quantised(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x in float8, and the float32 scalar that brings it back; `scale` where it is known."""
+    largest, scale = torch.finfo(dtype).max, scale_of(x, dtype) if scale is None else scale
     return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
 
 
@@ -42,15 +46,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         low_x, scale_x = quantised(x, FORWARD)
-        low_weight, scale_weight = quantised(weight, FORWARD)
-        ctx.save_for_backward(low_x, scale_x, weight)  # not the weight in float8: it would be one more copy of the model
+        scale = scale_of(weight, FORWARD)
+        low_weight, scale_weight = quantised(weight, FORWARD, scale)
+        ctx.save_for_backward(low_x, scale_x, weight, scale)  # not the weight in float8: it would be one more copy of the model
         return _product(low_x, scale_x, low_weight, scale_weight, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        low_x, scale_x, weight = ctx.saved_tensors
+        low_x, scale_x, weight, known = ctx.saved_tensors
         low, scale = quantised(gradient, BACKWARD)
-        low_weight, scale_weight = quantised(weight, FORWARD)
+        low_weight, scale_weight = quantised(weight, FORWARD, known)
         grad_x = _product(low, scale, low_weight.t().contiguous(), scale_weight, gradient.dtype)
         grad_weight = _product(low.t().contiguous(), scale, low_x.t().contiguous(), scale_x, weight.dtype)
         return grad_x, grad_weight
