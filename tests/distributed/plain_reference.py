@@ -30,6 +30,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "yarn": {"model_type": "qwen3", **SIZES, "head_dim": 16, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}},
     "dynamic": {"model_type": "llama", **SIZES, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+    "longrope": {"model_type": "phi3", **SIZES, "pad_token_id": 0, "original_max_position_embeddings": 32, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0],
+        "original_max_position_embeddings": 32}},
     "one_kv_head": {"model_type": "llama", **SIZES, "num_key_value_heads": 1},
     "two_kv_heads": {"model_type": "qwen2", **SIZES, "num_key_value_heads": 2},
     "odd_vocabulary": {"model_type": "qwen2", **SIZES, "vocab_size": 509},

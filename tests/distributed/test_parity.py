@@ -59,7 +59,7 @@ CERTIFIED = [
 ]  # fmt: skip
 assert set(TYPES) <= set(CERTIFIED)
 VARIANTS = [
-    *((name, "tp2_dp2") for name in ("llama_biases", "llama3_rope", "yarn", "dynamic", "two_kv_heads", "odd_vocabulary", "phi3_kv2")),
+    *((name, "tp2_dp2") for name in ("llama_biases", "llama3_rope", "yarn", "dynamic", "longrope", "two_kv_heads", "odd_vocabulary", "phi3_kv2")),
     *((name, "tp4_dp1") for name in ("two_kv_heads", "odd_vocabulary", "phi3_kv2")),  # whose split depends on the degree
 ]
 

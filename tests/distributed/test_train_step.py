@@ -249,3 +249,24 @@ def test_number_of_collectives_without_tensor_parallelism(ranks: RankPool, resha
     parallelism = {"tp": 1, "dp": 2, "reshard_after_forward": reshard}
     settings = settings_of(FAMILIES["qwen2"], parallelism=parallelism, train={"micro_batch_size": 4})
     assert ranks.run(2, collectives, settings) == [{"dp.all_gather": gathers, "dp.reduce_scatter": 2 + 2, "dp.all_reduce": 3}] * 2
+
+
+# ------------------------------------------------------------------------------------------------- waiting for the device
+
+
+def waits(settings: dict[str, Any]) -> int:
+    """How often a micro-batch's forward and backward pass asks for a number, which on a GPU waits for it."""
+    made = trainer(settings)
+    made.step()
+    (batch, *_), _ = made.data.step(made.cursor)
+    counts, watch = count_operations()
+    with watch:
+        made.model.backward(batch, torch.tensor(64.0), 0, 1)
+    assert counts["aten.mm.default"], "the pass was not seen"
+    return counts["aten._local_scalar_dense.default"]
+
+
+@pytest.mark.parametrize("family", ["llama", "dynamic", "longrope", "gemma3_text"])
+def test_a_pass_waits_for_nothing(ranks: RankPool, family: str) -> None:
+    settings = settings_of(FAMILIES[family], train={"micro_batch_size": 8})
+    assert ranks.run(1, waits, settings) == [0]

@@ -150,6 +150,9 @@ def build_model(config: Config, mesh: Mesh, first_on_node: Callable[[Callable[[]
     if tied:  # to_empty makes a tensor of its own for each name
         head.weight = embedding.weight
     _fill_buffers(model, mesh.device)
+    for name, module in model.named_modules():
+        if name.endswith("rotary_emb"):
+            _rotate_once(module)
     if config.model.weights == "pretrained":
         name = str(config.model.name)
         read_weights(model, first_on_node(lambda: find_weights(name)))
@@ -168,6 +171,23 @@ def _loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     hidden = model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
     return model.get_output_embeddings()(hidden, labels)
+
+
+def _rotate_once(rotary: nn.Module) -> None:
+    """Form a rotary embedding once for each length of rows, of which there is one.
+
+    Some look at the positions first (dynamic, longrope), which waits for the device, as a CUDA graph's capture can't.
+    """
+    forward: Callable[..., Any] = rotary.forward
+    formed: dict[Any, Any] = {}
+
+    def once(x: torch.Tensor, position_ids: torch.Tensor, *layer_type: str, **kwargs: str) -> Any:
+        key = (x.dtype, position_ids.shape, layer_type, *kwargs.values())
+        if key not in formed:
+            formed[key] = forward(x, position_ids, *layer_type, **kwargs)
+        return formed[key]
+
+    rotary.forward = once  # type: ignore[assignment]
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
