@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tp_trainer.config import ConfigError, Parallelism
-from tp_trainer.parallel import shard
+from tp_trainer.parallel import shard, shared
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -36,10 +36,21 @@ def test_where_products_go_on_beside_the_exchange(choice: dict[str, Any], tp: in
     assert shard.is_async_tp(Parallelism(tp=tp, dp=dp, **choice), mesh(tp, dp)) is expected
 
 
-def test_where_fsdp_exchanges_directly(reached: Any) -> None:
-    assert not shard.is_direct(Parallelism(), mesh(1, 2))
-    assert shard.is_direct(Parallelism(direct_fsdp=True), mesh(1, 2)) and not shard.is_direct(Parallelism(direct_fsdp=True), mesh(2, 1))
-    assert not shard.is_direct(Parallelism(direct_fsdp=True), mesh(1, 2, CPU))
+@pytest.mark.parametrize(
+    ("choice", "tp", "dp", "expected"),
+    [({}, 1, 2, True), ({}, 1, 4, False), ({}, 2, 2, False), ({"dp_replicate": 2}, 1, 2, False), ({"direct_fsdp": True}, 2, 2, True),
+     ({"direct_fsdp": True}, 2, 1, False), ({"direct_fsdp": False}, 1, 2, False)],
+    ids=str,
+)  # fmt: skip
+def test_where_fsdp_exchanges_directly(choice: dict[str, Any], tp: int, dp: int, expected: bool, reached: Any) -> None:
+    assert shard.is_direct(Parallelism(tp=tp, dp=dp, **choice), mesh(tp, dp)) is expected
+    assert not shard.is_direct(Parallelism(tp=tp, dp=dp, **choice), mesh(tp, dp, CPU))
+
+
+def test_where_memory_may_not_be_shared(caplog: pytest.LogCaptureFixture) -> None:
+    with mock.patch.object(shared, "Shared", side_effect=RuntimeError("pidfd_getfd: Operation not permitted\nand so on")):
+        assert not shared._works(SimpleNamespace(group_name="dp"), CPU)  # type: ignore[arg-type]
+    assert caplog.messages == ["ranks can't share GPU memory (pidfd_getfd: Operation not permitted): exchange by NCCL alone"]
 
 
 @pytest.mark.parametrize("key", ["async_tp", "direct_fsdp"])
@@ -48,7 +59,7 @@ def test_gpus_that_do_not_reach_one_another(key: str, reached: Any) -> None:
     asked = {"async_tp": shard.is_async_tp, "direct_fsdp": shard.is_direct}[key]
     with pytest.raises(ConfigError, match=f"parallelism.{key}=true: the GPUs of a .. group don't reach"):
         asked(Parallelism(async_tp=key == "async_tp", direct_fsdp=key == "direct_fsdp"), mesh(2, 2))
-    assert not asked(Parallelism(tp=2, dp=1), mesh(2, 1))
+    assert not asked(Parallelism(tp=2, dp=1), mesh(2, 1)) and not asked(Parallelism(tp=1, dp=2), mesh(1, 2))
 
 
 def test_gpus_without_float8() -> None:

@@ -58,9 +58,10 @@ CERTIFIED = [
     "cohere2", "one_kv_head", "odd_vocabulary_tied",
 ]  # fmt: skip
 assert set(TYPES) <= set(CERTIFIED)
+SPLIT_BY_DEGREE = ("two_kv_heads", "odd_vocabulary", "phi3_kv2")
 VARIANTS = [
-    *((name, "tp2_dp2") for name in ("llama_biases", "llama3_rope", "yarn", "dynamic", "longrope", "two_kv_heads", "odd_vocabulary", "phi3_kv2")),
-    *((name, "tp4_dp1") for name in ("two_kv_heads", "odd_vocabulary", "phi3_kv2")),  # whose split depends on the degree
+    *((name, "tp2_dp2") for name in ("llama_biases", "llama3_rope", "yarn", "dynamic", "longrope", *SPLIT_BY_DEGREE)),
+    *((name, "tp4_dp1") for name in SPLIT_BY_DEGREE),
 ]
 
 

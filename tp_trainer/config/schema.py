@@ -61,7 +61,7 @@ class Parallelism:
     compile: bool | None = setting(None, "torch.compile each block; null = on GPUs")
     cuda_graphs: bool | None = setting(None, "replay micro-batches as CUDA graphs; null = on GPUs, with compile")
     async_tp: bool | None = setting(None, "multiply beside tp's exchange; null = at tp2_dp1, with compile, on GPUs that reach one another")
-    direct_fsdp: bool = setting(False, "FSDP2's exchange without its copies, between GPUs that reach one another")
+    direct_fsdp: bool | None = setting(None, "FSDP2's exchange without its copies; null = at tp1_dp2, on GPUs that reach one another")
     reshard_after_forward: bool = setting(True, "free a block's parameters until its backward pass; false = gathered once, more memory")
     float8: bool = setting(False, "multiply in float8 in the linears of the blocks, forward and backward")
     param_dtype: str | None = setting(None, "dtype of compute; null = bfloat16 on GPUs, float32 on CPU", one_of=DTYPES)

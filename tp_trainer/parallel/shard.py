@@ -56,13 +56,15 @@ def is_async_tp(parallelism: Parallelism, mesh: Mesh) -> bool:
 
 
 def is_direct(parallelism: Parallelism, mesh: Mesh) -> bool:
-    """Whether FSDP2 exchanges without copies; a collective. Only between GPUs that reach one another."""
-    if not parallelism.direct_fsdp or mesh.dp_size == 1:
+    """Whether FSDP2 exchanges without copies; a collective. Only between GPUs that reach one another; the default where it was timed."""
+    default = (mesh.tp_size, mesh.dp_size, parallelism.dp_replicate) == (1, 2, 1)
+    wanted = default if parallelism.direct_fsdp is None else parallelism.direct_fsdp
+    if not wanted or mesh.dp_size == 1:
         return False
     if possible(mesh.full["dp"].get_group(), mesh.device):
         return True
-    if mesh.device.type == "cuda":
-        raise ConfigError("parallelism.direct_fsdp", True, "the GPUs of a dp group don't reach one another's memory; leave it out")
+    if parallelism.direct_fsdp and mesh.device.type == "cuda":
+        raise ConfigError("parallelism.direct_fsdp", True, "the GPUs of a dp group don't reach one another's memory; leave it null")
     return False
 
 

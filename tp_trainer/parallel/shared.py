@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
+
+logger = logging.getLogger(__name__)
 
 
 class Shared:
@@ -65,9 +68,23 @@ def possible(group: dist.ProcessGroup, device: torch.device) -> bool:
         and (sharing or len(others) == len(where) - 1)  # each sees the others' GPUs, not only its own
         and all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
     )
-    answers: list[bool] = [False] * len(where)
-    dist.all_gather_object(answers, own, group=group)
+    return _agreed(own, group) and _agreed(_works(group, device), group)
+
+
+def _agreed(answer: bool, group: dist.ProcessGroup) -> bool:
+    answers: list[bool] = [False] * dist.get_world_size(group)
+    dist.all_gather_object(answers, answer, group=group)
     return all(answers)
+
+
+def _works(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether processes may share memory, which a container may forbid."""
+    try:
+        Shared(1, torch.empty(0, device=device), group.group_name).close()
+    except RuntimeError as error:
+        logger.warning("ranks can't share GPU memory (%s): exchange by NCCL alone", str(error).strip().splitlines()[0])
+        return False
+    return True
 
 
 def _boot_id() -> str:
