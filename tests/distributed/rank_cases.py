@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from plain_reference import data_of, mask_labels
@@ -19,7 +22,10 @@ from tp_trainer.data import Cursor, DataStream
 from tp_trainer.loop import train_step
 from tp_trainer.models.build import ParallelModel, build_model
 from tp_trainer.optim import AdamW, build_optimizer
+from tp_trainer.parallel.async_tp import AsyncTensorParallel
 from tp_trainer.parallel.mesh import Mesh, build_mesh
+
+NEEDS_COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler")
 
 
 @dataclass
@@ -93,3 +99,22 @@ class Watch(TorchDispatchMode):
 def count_operations() -> tuple[Counter[str], Watch]:
     counts: Counter[str] = Counter()
     return counts, Watch(lambda name, _: counts.update([name]))
+
+
+@contextmanager
+def exchanges_of_graphs() -> Iterator[list[Counter[str]]]:
+    """The exchanges, by kind, in each graph that is compiled meanwhile, forward and backward, once products have been joined to them."""
+    found = list[Counter[str]]()
+    rewrite = AsyncTensorParallel.__call__
+
+    def seen(self: AsyncTensorParallel, graph: torch.fx.Graph) -> None:
+        rewrite(self, graph)
+        graph.lint()
+        names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+        found.append(Counter(name.split(".")[-2] for name in names if name.startswith(("tp_trainer", "_c10d")) and "wait" not in name))
+
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(force_disable_caches=True):
+        patch.setattr(AsyncTensorParallel, "__call__", seen)
+        yield found
+    torch._dynamo.reset()

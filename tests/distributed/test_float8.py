@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -9,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain_reference import FAMILIES, settings_of
-from rank_cases import trainer
+from rank_cases import NEEDS_COMPILER, Watch, exchanges_of_graphs, trainer
 from rank_pool import RankPool
 
-from tp_trainer.parallel import float8
+from tp_trainer.parallel import float8, tensor
+from tp_trainer.parallel.collectives import _Scatter
 
 # rows, and with tp 4 each rank's features, are multiples of 16
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -69,11 +72,11 @@ def test_the_product_is_torchs() -> None:
     a, b = float8.quantised(torch.randn(32, 64), float8.BACKWARD), float8.quantised(torch.randn(48, 64) * 1e-3, float8.FORWARD)
     for dtype in (torch.float32, torch.bfloat16):
         given = torch._scaled_mm(a[0], b[0].t(), scale_a=a[1], scale_b=b[1], out_dtype=dtype)
-        torch.testing.assert_close(float8._product(*a, *b, dtype), given)
+        torch.testing.assert_close(float8.product(*a, *b, dtype), given)
 
 
 def test_other_sizes_stay_as_they_are() -> None:
-    with mock.patch.object(float8, "_product", side_effect=float8._product) as multiplied:
+    with mock.patch.object(float8, "product", side_effect=float8.product) as multiplied:
         for rows, inner, columns in ((15, 32, 32), (16, 24, 32), (16, 32, 40)):
             x, weight = torch.randn(rows, inner), torch.randn(columns, inner)
             assert torch.equal(float8.linear(x, weight, None), F.linear(x, weight))
@@ -93,7 +96,7 @@ def steps(parallelism: dict[str, Any]) -> tuple[list[float], list[float], int]:
         losses, norms = zip(*(made.step() for _ in range(5)), strict=True)
         assert not torch._dynamo.utils.counters["graph_break"]
         return list(losses), list(norms), torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with mock.patch.object(float8, "_product", side_effect=float8._product) as multiplied:
+    with mock.patch.object(float8, "product", side_effect=float8.product) as multiplied:
         losses, norms = zip(*(made.step() for _ in range(5)), strict=True)
         return list(losses), list(norms), multiplied.call_count // 5
 
@@ -116,3 +119,63 @@ def test_training_goes_the_same_way(ranks: RankPool, parallelism: dict[str, Any]
         assert products == graphs > 0, "no graph more than without"
     elif "activation_checkpointing" not in parallelism:
         assert products == 3 * 7 * FAMILIES["llama"]["num_hidden_layers"], "each of a block's seven linears three times"
+
+
+def gathered(in_float8: bool, parallelism: dict[str, Any]) -> tuple[list[float], int]:
+    """Losses and gradient norms of three steps, and the bytes that all-gathers of the third gave."""
+
+    def separately(x: torch.Tensor, weight: torch.Tensor, group: str, size: int) -> torch.Tensor:
+        out = float8.linear(x, weight, None)
+        return _Scatter.apply(out.reshape(size, -1, out.shape[-1]), group, size)
+
+    settings = settings_of({**FAMILIES["llama"], **SIZES}, parallelism={**parallelism, "float8": True}, optim={"lr": 3e-3},
+                           data={"seq_length": 32}, train={"micro_batch_size": 1, "global_batch_size": 1})  # fmt: skip
+    nbytes = list[int]()
+    watch = Watch(lambda name, outputs: nbytes.extend(each.nbytes for each in outputs if "all_gather_into_tensor" in name))
+    with ExitStack() as stack:
+        if not in_float8:
+            stack.enter_context(mock.patch.object(tensor, "_in_float8", return_value=False))
+            stack.enter_context(mock.patch.object(float8, "linear_and_leave", side_effect=separately))
+        made = trainer(settings)
+        numbers = [number for _ in range(2) for number in made.step()]
+        with watch:
+            numbers += made.step()
+    return numbers, sum(nbytes)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_rows_are_gathered_in_float8_and_nothing_changes(ranks: RankPool, tp: int) -> None:
+    parallelism = {"tp": tp, "dp": 1, "param_dtype": "bfloat16"}
+    (given, few), (expected, many) = (ranks.run(tp, gathered, way, parallelism)[0] for way in (True, False))
+    assert given == expected, "to the last bit"
+    blocks = 4 * 32 * SIZES["hidden_size"] * FAMILIES["llama"]["num_hidden_layers"]  # two regions, forward and backward
+    assert many - few == blocks, "a byte an element instead of two"
+
+
+def beside(parallelism: dict[str, Any], family: str) -> tuple[tuple[float, float], list[Counter[str]]]:
+    """Loss and gradient norm of a step, and the exchanges in each graph, forward and backward."""
+
+    def as_on_gpus(a: torch.Tensor, scale_a: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)
+
+    architecture = {**FAMILIES[family], **SIZES, "num_hidden_layers": 1}  # torch's own product takes long on a CPU
+    settings = settings_of(architecture, parallelism={**parallelism, "float8": True}, data={"seq_length": 32},
+                           train={"micro_batch_size": 1, "global_batch_size": parallelism["dp"]})  # fmt: skip
+    with exchanges_of_graphs() as found, mock.patch.object(float8, "product", as_on_gpus if "compile" in parallelism else float8.product):
+        return trainer(settings).step(), found
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize(
+    ("family", "parallelism", "left"),
+    [("qwen2", {"tp": 2, "dp": 2}, 0), ("phi3", {"tp": 2, "dp": 1}, 2)],  # fused ones gather outputs too
+    ids=str,
+)  # fmt: skip
+def test_products_go_on_beside_the_exchange(ranks: RankPool, family: str, parallelism: dict[str, int], left: int) -> None:
+    world = parallelism["tp"] * parallelism["dp"]
+    expected, _ = ranks.run(world, beside, parallelism, family)[0]
+    given, (forward, backward) = ranks.run(world, beside, {**parallelism, "compile": True, "async_tp": True}, family, timeout=400)[0]
+    both = Counter(gather_multiply=2, multiply_scatter=2, all_reduce=2)  # of the largest element
+    assert forward == both + Counter(all_gather_into_tensor=left) and backward == both + Counter(reduce_scatter_tensor=left)
+    assert given[0] == pytest.approx(expected[0], rel=1e-6)
+    assert given[1] == pytest.approx(expected[1], rel=1e-3)  # of elements between two numbers

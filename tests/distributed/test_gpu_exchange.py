@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from gpu_ranks import SIZE, spawn
 
-from tp_trainer.parallel import exchange
+from tp_trainer.parallel import exchange, float8
 from tp_trainer.parallel.shared import Shared, close_all, possible
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(SIZE < 2, reason="needs two GPUs")]
@@ -27,9 +27,10 @@ def check(rank: int, size: int, group: str, draw: torch.Generator) -> None:
             each.copy_(torch.randn(each.shape, generator=draw))
 
     def both() -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        gathered = exchange.gather_multiply(x, weights, False, size, group)
-        scattered = exchange.multiply_scatter(wide, weights, True, size, group)
-        again = exchange.gather_multiply(gathered[0][:ROWS] * 2, [each.t().contiguous() for each in weights], True, size, group)
+        gathered = exchange.gather_multiply(x, weights, False, [], x.dtype, size, group)
+        scattered = exchange.multiply_scatter(wide, weights, True, [], x.dtype, size, group)
+        turned = [each.t().contiguous() for each in weights]
+        again = exchange.gather_multiply(gathered[0][:ROWS] * 2, turned, True, [], x.dtype, size, group)
         return gathered, scattered, again
 
     def all_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,8 +67,39 @@ def check(rank: int, size: int, group: str, draw: torch.Generator) -> None:
 def on_a_rank(device: torch.device) -> None:
     group = dist.distributed_c10d._get_default_group()
     assert possible(group, device)
-    check(dist.get_rank(), SIZE, group.group_name, torch.Generator().manual_seed(dist.get_rank()))
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    check(dist.get_rank(), SIZE, group.group_name, draw)
+    check_float8(dist.get_rank(), SIZE, group.group_name, draw)
     exchange.close()
+
+
+def check_float8(rank: int, size: int, group: str, draw: torch.Generator) -> None:
+    """Both operators on matrices in float8, against float64 on what these stand for."""
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def low(*shape: int, dtype: torch.dtype = float8.FORWARD) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = torch.randn(shape, generator=draw).to(device)
+        largest = x.abs().amax()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        values, back = float8.quantised(x, dtype, torch.finfo(dtype).max / largest)
+        return values, back, values.double() * back.double()
+
+    for _ in range(5):
+        x, scale, exact = low(ROWS, INNER)
+        weights, scales, exacts = zip(*(low(width, INNER) for width in WIDTHS), strict=True)
+        whole, *products = exchange.gather_multiply(x, list(weights), True, [scale, *scales], torch.bfloat16, size, group)
+        pieces = [torch.empty_like(exact) for _ in range(size)]
+        dist.all_gather(pieces, exact)
+        assert torch.equal(whole.double() * scale.double(), torch.cat(pieces))
+        for product, weight in zip(products, exacts, strict=True):
+            torch.testing.assert_close(product.double(), torch.cat(pieces) @ weight.t(), rtol=2e-2, atol=0.2)
+        gradients, of_gradients, wide = zip(*(low(size * ROWS, width, dtype=float8.BACKWARD) for width in WIDTHS), strict=True)
+        turned = [each.t().contiguous() for each in weights]
+        parts = exchange.multiply_scatter(list(gradients), turned, True, [*of_gradients, *scales], torch.bfloat16, size, group)
+        total = sum(each @ weight for each, weight in zip(wide, exacts, strict=True))
+        dist.all_reduce(total)
+        own = total[rank * ROWS : (rank + 1) * ROWS]  # type: ignore[index]
+        torch.testing.assert_close(torch.stack(parts).double().sum(0), own, rtol=2e-2, atol=0.5)
 
 
 def made_while_the_device_is_behind(device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ import pytest
 import torch
 from comparison import compare
 from plain_reference import FAMILIES, Reference, data_of, global_batches, mask_labels, plain_model, saved, settings_of
-from rank_cases import Watch, count_operations, run_steps, trainer
+from rank_cases import NEEDS_COMPILER, Watch, count_operations, exchanges_of_graphs, run_steps, trainer
 from rank_pool import RankPool
 from torch.distributed.tensor import DTensor
 
 from tp_trainer.data import Cursor
 from tp_trainer.parallel import overlap
-from tp_trainer.parallel.async_tp import AsyncTensorParallel
 
 
 @pytest.mark.parametrize("micro", [2, 8])
@@ -112,7 +110,7 @@ def compiled_steps(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     return out
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@NEEDS_COMPILER
 def test_compile_changes_no_number(ranks: RankPool, models: Path) -> None:
     settings = settings_of(saved(models, "qwen2"), parallelism={"tp": 2, "dp": 1, "compile": True})
     results = ranks.run(2, compiled_steps, settings, 3, timeout=400)
@@ -127,24 +125,12 @@ def test_compile_changes_no_number(ranks: RankPool, models: Path) -> None:
 
 
 def rewritten_steps(settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """What `run_steps` gives; besides the exchanges in each graph, forward and backward."""
-    torch._dynamo.reset()
-    rewrite, found = AsyncTensorParallel.__call__, []
-
-    def seen(self: AsyncTensorParallel, graph: torch.fx.Graph) -> None:
-        rewrite(self, graph)
-        graph.lint()
-        names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
-        found.append(Counter(name.split(".")[-2] for name in names if name.startswith(("tp_trainer", "_c10d")) and "wait" not in name))
-
-    with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(force_disable_caches=True):
-        patch.setattr(AsyncTensorParallel, "__call__", seen)
-        out = run_steps(settings, steps)
-    torch._dynamo.reset()
-    return {**out, "exchanges": found}
+    """What `run_steps` gives; besides the exchanges in each graph."""
+    with exchanges_of_graphs() as found:
+        return {**run_steps(settings, steps), "exchanges": found}
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@NEEDS_COMPILER
 @pytest.mark.parametrize(
     ("family", "tp", "left"),
     [("qwen2", 2, 0), ("llama", 4, 0), ("phi3", 2, 2)],  # biases; two views of what is gathered; fused ones gather their outputs too

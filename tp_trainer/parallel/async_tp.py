@@ -7,17 +7,34 @@ doesn't recognise stays as it is. What takes its place is in `exchange`.
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 
 from tp_trainer.parallel import exchange
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 _VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)
-Weight = tuple[Node, bool]  # a parameter, and whether its transpose is meant
+
+
+@dataclass(frozen=True)
+class Product:
+    """x @ weight, in the graph."""
+
+    node: Node
+    x: Node
+    weight: Node
+    transposed: bool  # whether the weight's transpose is meant
+    scales: tuple[Node, ...] = ()  # of x and weight, where they are in float8
+    bias: Node | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.node.meta["val"].dtype
 
 
 class AsyncTensorParallel(CustomGraphPass):
@@ -29,6 +46,7 @@ class AsyncTensorParallel(CustomGraphPass):
                 _gather(graph, node)
             elif node.op == "call_function" and node.target is _c10d.reduce_scatter_tensor.default:
                 _scatter(graph, node)
+        stable_topological_sort(graph)  # weights in float8 may be formed after what they are now needed for
         graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
@@ -38,24 +56,27 @@ class AsyncTensorParallel(CustomGraphPass):
 def _gather(graph: Graph, gather: Node) -> None:
     x, size, group = gather.args
     chain = [gather]
-    while (user := _only_user(chain[-1])) is not None and (user.target in _VIEWS or user.target is _c10d.wait_tensor.default):
+    while (user := _only_user(chain[-1])) is not None and user.target in (*_VIEWS, _aten.view.dtype, _c10d.wait_tensor.default):
         chain.append(user)
     whole = chain[-1]
     if whole.meta["val"].ndim != 2:
         return
-    found = [(user, *weight) for user in whole.users if (weight := _weight_of_product(user, whole)) is not None]
-    if len({transposed for _, _, transposed in found}) != 1 or x.meta["val"].shape[-1] != whole.meta["val"].shape[1]:  # type: ignore[union-attr]
+    found = [product for user in whole.users if (product := _product(user)) is not None and product.x is whole]
+    if not _alike(found) or x.meta["val"].shape[-1] != whole.meta["val"].shape[1]:  # type: ignore[union-attr]
         return
+    if found[0].scales:  # sent as bytes
+        x = x.args[0]  # type: ignore[union-attr]
     with graph.inserting_before(whole):
         rows = _new(graph, _aten.reshape.default, (x, [whole.meta["val"].shape[0] // size, -1]))  # type: ignore[operator]
-        weights = [weight for _, weight, _ in found]
-        results = _call(graph, exchange.gather_multiply, (rows, weights, found[0][2], size, group), 1 + len(found))
-    for (user, *_), product in zip(found, results[1:], strict=True):
-        if user.target is _aten.addmm.default:
-            with graph.inserting_before(user):
-                product = _new(graph, _aten.add.Tensor, (product, user.args[0]))
-        user.replace_all_uses_with(product)
-        graph.erase_node(user)
+        scales = [*found[0].scales[:1], *(product.scales[1] for product in found if product.scales)]
+        args = (rows, [product.weight for product in found], found[0].transposed, scales, found[0].dtype, size, group)
+        results = _call(graph, exchange.gather_multiply, args, 1 + len(found))
+    for product, result in zip(found, results[1:], strict=True):
+        if product.bias is not None:
+            with graph.inserting_before(product.node):
+                result = _new(graph, _aten.add.Tensor, (result, product.bias))
+        product.node.replace_all_uses_with(result)
+        graph.erase_node(product.node)
     whole.replace_all_uses_with(results[0])
     for node in reversed(chain):  # collectives count as having effects
         graph.erase_node(node)
@@ -63,13 +84,13 @@ def _gather(graph: Graph, gather: Node) -> None:
 
 def _scatter(graph: Graph, scatter: Node) -> None:
     total, kind, size, group = scatter.args
-    wait = _only_user(scatter)
-    terms = _terms(total)
-    if wait is None or kind != "sum" or terms is None or len({transposed for _, _, transposed in terms}) != 1:
+    wait, terms = _only_user(scatter), _terms(total)
+    if wait is None or kind != "sum" or terms is None or not _alike(terms):
         return
-    xs, weights = [x for x, _, _ in terms], [weight for _, weight, _ in terms]
+    scales = [scale for pair in zip(*(term.scales for term in terms), strict=True) for scale in pair]
+    args = ([term.x for term in terms], [term.weight for term in terms], terms[0].transposed, scales, terms[0].dtype, size, group)
     with graph.inserting_before(scatter):
-        parts = _call(graph, exchange.multiply_scatter, (xs, weights, terms[0][2], size, group), size)  # type: ignore[arg-type]
+        parts = _call(graph, exchange.multiply_scatter, args, size)  # type: ignore[arg-type]
         own = parts[0]
         for part in parts[1:]:
             own = _new(graph, _aten.add.Tensor, (own, part))
@@ -79,8 +100,8 @@ def _scatter(graph: Graph, scatter: Node) -> None:
     graph.erase_node(scatter)
 
 
-def _terms(node: Any) -> list[tuple[Node, Node, bool]] | None:
-    """(x, weight, transposed) of each product that a sum is made of; None where it is made of something else or used elsewhere too."""
+def _terms(node: Any) -> list[Product] | None:
+    """The products that a sum is made of; None where it is made of something else or used elsewhere too."""
     if len(node.users) != 1:
         return None
     if node.target in _VIEWS:
@@ -88,28 +109,41 @@ def _terms(node: Any) -> list[tuple[Node, Node, bool]] | None:
     if node.target is _aten.add.Tensor and not node.kwargs and all(isinstance(each, Node) for each in node.args):
         sides = [_terms(each) for each in node.args]
         return None if sides[0] is None or sides[1] is None else sides[0] + sides[1]
-    if node.target is _aten.mm.default and (weight := _weight(node.args[1])) is not None:
-        return [(node.args[0], *weight)]
-    return None
+    product = _product(node)
+    return None if product is None or product.bias is not None else [product]
 
 
-def _weight_of_product(user: Node, x: Node) -> Weight | None:
-    """Of x @ weight, or of bias + x @ weight."""
-    if user.target is _aten.mm.default and user.args[0] is x:
-        return _weight(user.args[1])
-    if user.target is _aten.addmm.default and user.args[1] is x and not user.kwargs:
-        return _weight(user.args[2])
-    return None
+def _alike(products: list[Product]) -> bool:
+    """Whether there are any, all of one kind."""
+    return len({(product.transposed, bool(product.scales), product.dtype) for product in products}) == 1
 
 
-def _weight(node: Any) -> Weight | None:
-    """What is given to the graph, seen through transpositions."""
-    transposed = False
-    while node.target in (_aten.permute.default, _aten.t.default):
-        if node.target is _aten.permute.default and list(node.args[1]) != [1, 0]:
+def _product(node: Node) -> Product | None:
+    """Of a matrix with what is given to the graph, a bias added or not; in float8 with any other."""
+    x: Any
+    weight: Any
+    bias: Any = None
+    scales: Any = ()
+    if node.target is _aten.mm.default:
+        x, weight = node.args
+    elif node.target is _aten.addmm.default and not node.kwargs:
+        bias, x, weight = node.args
+    elif node.target is _aten._scaled_mm.default:
+        names = [argument.name for argument in node.target._schema.arguments]
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if any(given.get(name) for name in ("bias", "scale_result", "use_fast_accum")):
             return None
-        node, transposed = node.args[0], not transposed
-    return (node, transposed) if node.op == "placeholder" else None
+        x, weight, scales = given["self"], given["mat2"], (given["scale_a"], given["scale_b"])
+    else:
+        return None
+    transposed = False
+    while weight.target in (_aten.permute.default, _aten.t.default):
+        if weight.target is _aten.permute.default and list(weight.args[1]) != [1, 0]:
+            return None
+        weight, transposed = weight.args[0], not transposed
+    if not scales and weight.op != "placeholder":
+        return None
+    return Product(node, x, weight, transposed, scales, bias)
 
 
 def _only_user(node: Node) -> Node | None:

@@ -14,16 +14,16 @@ import torch
 _ops = torch.ops._c10d_functional
 
 
-def _all_reduce(x: torch.Tensor, group: str, op: str = "sum") -> torch.Tensor:
+def all_reduce(x: torch.Tensor, group: str, op: str = "sum") -> torch.Tensor:
     return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, group))
 
 
-def _all_gather(x: torch.Tensor, group: str, size: int, dim: int) -> torch.Tensor:
+def all_gather(x: torch.Tensor, group: str, size: int, dim: int = 0) -> torch.Tensor:
     gathered = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), size, group))  # [size * x.shape[0], ...]
     return gathered if dim == 0 else torch.cat(gathered.chunk(size), dim=dim)
 
 
-def _reduce_scatter(x: torch.Tensor, group: str, size: int, dim: int) -> torch.Tensor:
+def reduce_scatter(x: torch.Tensor, group: str, size: int, dim: int = 0) -> torch.Tensor:
     stacked = x if dim == 0 else torch.cat(x.chunk(size, dim=dim))
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(stacked.contiguous(), "sum", size, group))
 
@@ -32,22 +32,22 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: str, size: int, dim: int) -> torch.Tensor:
         ctx.group, ctx.size, ctx.dim = group, size, dim
-        return _all_gather(x, group, size, dim)
+        return all_gather(x, group, size, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _reduce_scatter(grad, ctx.group, ctx.size, ctx.dim), None, None, None
+        return reduce_scatter(grad, ctx.group, ctx.size, ctx.dim), None, None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: str, size: int) -> torch.Tensor:
         ctx.group, ctx.size = group, size
-        return _reduce_scatter(x, group, size, 0)
+        return reduce_scatter(x, group, size, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _all_gather(grad, ctx.group, ctx.size, 0), None, None
+        return all_gather(grad, ctx.group, ctx.size, 0), None, None
 
 
 class _Enter(torch.autograd.Function):
@@ -58,13 +58,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _all_reduce(grad, ctx.group), None
+        return all_reduce(grad, ctx.group), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
-        return _all_reduce(x, group)
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -75,11 +75,11 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
         ctx.group = group
-        return _all_reduce(x, group)
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _all_reduce(grad, ctx.group), None
+        return all_reduce(grad, ctx.group), None
 
 
 class TensorRegion:
@@ -97,6 +97,7 @@ class TensorRegion:
         self.group, self.size, self.rank, self.compiled, self.float8 = group, size, rank, compiled, float8
         self.sequence_parallel = sequence_parallel and size > 1
         self.batch = 1  # sequences of the micro-batch under way
+        self.low: Any = None  # a block's input in float8, while the block is under way
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Residual stream -> whole sequences. Its gradient is summed over tp on the way back."""
@@ -124,4 +125,4 @@ class TensorRegion:
 
     def all_reduce(self, x: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """All-reduce outside autograd."""
-        return x if self.size == 1 else _all_reduce(x, self.group, op)
+        return x if self.size == 1 else all_reduce(x, self.group, op)

@@ -11,30 +11,36 @@ import math
 
 import torch
 
+from tp_trainer.parallel import float8
+from tp_trainer.parallel.collectives import all_gather
 from tp_trainer.parallel.shared import Shared
 
 _ops = torch.ops._c10d_functional
 
 
 @torch.library.custom_op("tp_trainer::gather_multiply", mutates_args=())
-def gather_multiply(x: torch.Tensor, weights: list[torch.Tensor], transposed: bool, size: int, group: str) -> list[torch.Tensor]:
+def gather_multiply(
+    x: torch.Tensor, weights: list[torch.Tensor], transposed: bool, scales: list[torch.Tensor], dtype: torch.dtype, size: int, group: str
+) -> list[torch.Tensor]:  # fmt: skip
     """The rows of all ranks, and their products with weights.
 
     Args:
         x: [rows, in], this rank's.
-        weights: [in, out] each, or [out, in] where `transposed`.
+        weights: [in, out] each, or [out, in] where `transposed`; in float8 in columns, as the hardware takes them.
+        scales: where they are in float8, float32 scalars: of x, the same on all ranks, and of each weight; else none.
+        dtype: of the products.
         size, group: the group's number of ranks and its name.
 
     Returns:
         [size x rows, in], in the order of the ranks, and for each weight [size x rows, out].
     """
     if not x.is_cuda:
-        whole = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), size, group))
-        return [whole, *(whole @ _right(weight, transposed) for weight in weights)]
+        whole = all_gather(x.view(torch.uint8), group, size).view(x.dtype) if scales else all_gather(x, group, size)
+        return [whole, *_products([whole] * len(weights), weights, transposed, scales[:1] * len(weights) + scales[1:], dtype)]
     x, rows, main = x.contiguous(), x.shape[0], torch.cuda.current_stream()
     whole = x.new_empty(size * rows, x.shape[1])
     factors = [_right(weight, transposed) for weight in weights]
-    products = [x.new_empty(size * rows, factor.shape[1]) for factor in factors]
+    products = [x.new_empty(size * rows, factor.shape[1], dtype=dtype) for factor in factors]
     channel = _channel(group, (size - 1, *x.shape), x)
     rank, arrived = channel.rank, list[torch.cuda.Event]()
     channel.side.wait_stream(main)
@@ -50,48 +56,59 @@ def gather_multiply(x: torch.Tensor, weights: list[torch.Tensor], transposed: bo
     for step in range(size):
         if step:
             main.wait_event(arrived[step - 1])
-        for product, factor in zip(products, factors, strict=True):
-            torch.mm(channel.buffer[step - 1] if step else x, factor, out=_part(product, (rank - step) % size, rows))
+        piece = channel.buffer[step - 1] if step else x
+        for number, (product, factor) in enumerate(zip(products, factors, strict=True)):
+            _multiply(piece, factor, scales and [scales[0], scales[1 + number]], _part(product, (rank - step) % size, rows))
     main.wait_stream(channel.side)
     return [whole, *products]
 
 
 @gather_multiply.register_fake
-def _(x: torch.Tensor, weights: list[torch.Tensor], transposed: bool, size: int, group: str) -> list[torch.Tensor]:
-    widths = [x.shape[1], *(weight.shape[0 if transposed else 1] for weight in weights)]
-    return [x.new_empty(size * x.shape[0], width) for width in widths]
+def _(
+    x: torch.Tensor, weights: list[torch.Tensor], transposed: bool, scales: list[torch.Tensor], dtype: torch.dtype, size: int, group: str
+) -> list[torch.Tensor]:  # fmt: skip
+    rows, widths = size * x.shape[0], [weight.shape[0 if transposed else 1] for weight in weights]
+    return [x.new_empty(rows, x.shape[1]), *(x.new_empty(rows, width, dtype=dtype) for width in widths)]
 
 
 @torch.library.custom_op("tp_trainer::multiply_scatter", mutates_args=())
 def multiply_scatter(
-    xs: list[torch.Tensor], weights: list[torch.Tensor], transposed: bool, size: int, group: str
+    xs: list[torch.Tensor], weights: list[torch.Tensor], transposed: bool, scales: list[torch.Tensor], dtype: torch.dtype,
+    size: int, group: str,
 ) -> list[torch.Tensor]:  # fmt: skip
     """This rank's rows of a sum of products over all ranks, not added up yet: the caller's kernels can do that on the way.
 
     Args:
         xs: [size x rows, in] each, strided at will.
-        weights: [in, out] each, or [out, in] where `transposed`; the sum is of each x with its weight.
+        weights: as above; the sum is of each x with its weight.
+        scales: where they are in float8, float32 scalars: of each x, then of each weight; else none.
+        dtype: of the products.
         size, group: the group's number of ranks and its name.
 
     Returns:
         `size` tensors [rows, out], one from each rank.
     """
-    factors = [_right(weight, transposed) for weight in weights]
     if not xs[0].is_cuda:
-        total = torch.stack([x @ factor for x, factor in zip(xs, factors, strict=True)]).sum(0)
+        total = torch.stack(_products(xs, weights, transposed, scales, dtype)).sum(0)
         even = [total.shape[0] // size] * size
         return [part.clone() for part in _ops.wait_tensor(_ops.all_to_all_single(total, even, even, group)).chunk(size)]
+    factors = [_right(weight, transposed) for weight in weights]
     rows, main = xs[0].shape[0] // size, torch.cuda.current_stream()
-    parts = [xs[0].new_empty(rows, factors[0].shape[1]) for _ in range(size)]
+    parts = [xs[0].new_empty(rows, factors[0].shape[1], dtype=dtype) for _ in range(size)]
     channel = _channel(group, (size - 1, *parts[0].shape), parts[0])
     rank = channel.rank
+
+    def form(other: int, out: torch.Tensor) -> None:
+        for number, (x, factor) in enumerate(zip(xs, factors, strict=True)):
+            _multiply(_part(x, other, rows), factor, scales[number :: len(xs)], out, add=number > 0)
+
     for step in range(1, size):
-        _sum_of_products(xs, factors, (rank + step) % size, rows, out=channel.buffer[step - 1])
+        form((rank + step) % size, channel.buffer[step - 1])
         channel.side.wait_stream(main)
         with torch.cuda.stream(channel.side):
             channel.meet()  # each has the part for its neighbour at this distance
             parts[step].copy_(channel.slot((rank - step) % size, step - 1))
-    _sum_of_products(xs, factors, rank, rows, out=parts[0])
+    form(rank, parts[0])
     with torch.cuda.stream(channel.side):
         channel.meet()  # all are done with what lies in the buffers
     main.wait_stream(channel.side)
@@ -99,9 +116,12 @@ def multiply_scatter(
 
 
 @multiply_scatter.register_fake
-def _(xs: list[torch.Tensor], weights: list[torch.Tensor], transposed: bool, size: int, group: str) -> list[torch.Tensor]:
+def _(
+    xs: list[torch.Tensor], weights: list[torch.Tensor], transposed: bool, scales: list[torch.Tensor], dtype: torch.dtype,
+    size: int, group: str,
+) -> list[torch.Tensor]:  # fmt: skip
     width = weights[0].shape[0 if transposed else 1]
-    return [xs[0].new_empty(xs[0].shape[0] // size, width) for _ in range(size)]
+    return [xs[0].new_empty(xs[0].shape[0] // size, width, dtype=dtype) for _ in range(size)]
 
 
 def _right(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -112,13 +132,28 @@ def _part(whole: torch.Tensor, rank: int, rows: int) -> torch.Tensor:
     return whole[rank * rows : (rank + 1) * rows]
 
 
-def _sum_of_products(xs: list[torch.Tensor], factors: list[torch.Tensor], rank: int, rows: int, out: torch.Tensor) -> None:
-    for number, (x, factor) in enumerate(zip(xs, factors, strict=True)):
-        part = _part(x, rank, rows)
-        if number:
-            torch.addmm(out, part, factor, out=out)
+def _products(
+    xs: list[torch.Tensor], weights: list[torch.Tensor], transposed: bool, scales: list[torch.Tensor], dtype: torch.dtype
+) -> list[torch.Tensor]:  # fmt: skip
+    """Of each x with its weight, on CPU. `scales`: none, or of each x, then of each weight."""
+    factors = [_right(weight, transposed) for weight in weights]
+    if not scales:
+        return [x @ factor for x, factor in zip(xs, factors, strict=True)]
+    pairs = zip(scales[: len(xs)], scales[len(xs) :], strict=True)
+    return [float8.product(x, a, factor.t(), b, dtype) for x, factor, (a, b) in zip(xs, factors, pairs, strict=True)]
+
+
+def _multiply(x: torch.Tensor, factor: torch.Tensor, scales: list[torch.Tensor], out: torch.Tensor, add: bool = False) -> None:
+    """out = x @ factor, or that added to it; of float8 with the scales of both."""
+    if not scales:
+        if add:
+            torch.addmm(out, x, factor, out=out)
         else:
-            torch.mm(part, factor, out=out)
+            torch.mm(x, factor, out=out)
+    elif add:
+        out.add_(torch._scaled_mm(x, factor, scale_a=scales[0], scale_b=scales[1], out_dtype=out.dtype))
+    else:
+        torch._scaled_mm(x, factor, scale_a=scales[0], scale_b=scales[1], out_dtype=out.dtype, out=out)
 
 
 class _Channel(Shared):

@@ -2,38 +2,83 @@
 
 Each matrix is scaled by one number, found anew each time, so that its largest element is the largest of its format: e4m3 for
 activations and weights, e5m2 for gradients (Micikevicius et al. 2022, arXiv:2209.05433). Sums are float32, results come in
-the dtype of compute. Weights, optimizer, norms, attention, embedding, head and what ranks exchange are what they are without.
+the dtype of compute. With sequence parallelism a block's rows are gathered in float8 too, which changes nothing more: all ranks
+scale theirs by the same number. Weights, optimizer, norms, attention, embedding, head and sums over ranks are what they are without.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from tp_trainer.parallel.collectives import all_gather, all_reduce, reduce_scatter
 
 MULTIPLE = 16  # of which the sizes of a float8 product must be
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+class Low(NamedTuple):
+    """A matrix in float8."""
+
+    whole: torch.Tensor  # [batch, seq, features], the tensor that it stands for
+    values: torch.Tensor  # [batch x seq, features]
+    scale: torch.Tensor  # float32 scalar, brings it back
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, low: Low | None = None) -> torch.Tensor:
     """F.linear. Products whose sizes are no multiples of MULTIPLE stay in the dtype of compute.
 
     Args:
         x: [..., in]
         weight: [out, in]
         bias: [out]
+        low: x, if it has been brought to float8 already; it is used if it is x.
     """
     rows = x.flatten(0, -2)
-    if any(size % MULTIPLE for size in (*rows.shape, *weight.shape)):
+    if not fits(*rows.shape, *weight.shape):
         return F.linear(x, weight, bias)
-    out = _Linear.apply(rows, weight).view(*x.shape[:-1], weight.shape[0])
+    given = low[1:] if low is not None and low.whole is x else (None, None)
+    out = _Linear.apply(rows, weight, *given, None, 1).view(*x.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias
 
 
-def scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The float32 scalar by which x is multiplied, so that its largest element is the largest of the dtype."""
-    return torch.finfo(dtype).max / x.abs().amax().float().clamp(min=1e-12)
+def linear_and_leave(x: torch.Tensor, weight: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    """A linear of which each rank has a part of the inputs: its output is summed over them, and each goes on with a part of the rows.
+
+    Args:
+        x: [batch, seq, in / size]
+        weight: [out, in / size]
+        group, size: the tp group's name and its number of ranks.
+
+    Returns:
+        [1, batch x seq / size, out]. Its gradient is gathered in float8, half the bytes.
+    """
+    return _Linear.apply(x.flatten(0, -2), weight, None, None, group, size)[None]
+
+
+def gather(x: torch.Tensor, batch: int, group: str, size: int) -> Low:
+    """The rows of all ranks, sent in float8: what linears that are given them would have made of them.
+
+    Args:
+        x: [1, batch x seq / size, features], this rank's.
+    """
+    whole, values, scale = _Gather.apply(x, group, size)
+    return Low(whole.view(batch, -1, x.shape[-1]), values, scale)
+
+
+def fits(*sizes: int) -> bool:
+    """Whether the hardware multiplies matrices of these sizes."""
+    return all(size % MULTIPLE == 0 for size in sizes)
+
+
+def scale_of(x: torch.Tensor, dtype: torch.dtype, group: str | None = None) -> torch.Tensor:
+    """The float32 scalar by which x is multiplied, so that its largest element, or that of all of a group's, is the dtype's largest."""
+    largest = x.abs().amax().float()
+    if group is not None:
+        largest = all_reduce(largest, group, "max")
+    return torch.finfo(dtype).max / largest.clamp(min=1e-12)
 
 
 def quantised(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,26 +87,52 @@ def quantised(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = 
     return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
 
 
+def _gathered(low: torch.Tensor, group: str, size: int) -> torch.Tensor:
+    return all_gather(low.view(torch.uint8), group, size).view(low.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.group, ctx.size = group, size
+        own, scale = quantised(x.flatten(0, -2), FORWARD, scale_of(x, FORWARD, group))
+        values = _gathered(own, group, size)
+        ctx.mark_non_differentiable(values, scale)
+        return (values.float() * scale).to(x.dtype), values, scale  # the first, for its shape and gradient, is compiled to nothing
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None]:
+        return reduce_scatter(gradient, ctx.group, ctx.size)[None], None, None
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        low_x, scale_x = quantised(x, FORWARD)
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, low_x: torch.Tensor | None, scale_x: torch.Tensor | None,
+        group: str | None, size: int,
+    ) -> torch.Tensor:  # fmt: skip
+        if low_x is None or scale_x is None:
+            low_x, scale_x = quantised(x, FORWARD)
         scale = scale_of(weight, FORWARD)
         low_weight, scale_weight = quantised(weight, FORWARD, scale)
-        ctx.save_for_backward(low_x, scale_x, weight, scale)  # not the weight in float8: it would be one more copy of the model
-        return _product(low_x, scale_x, low_weight, scale_weight, x.dtype)
+        ctx.save_for_backward(low_x, scale_x, weight, scale)  # not the weight in float8, one more copy of the model
+        ctx.group, ctx.size = group, size
+        out = product(low_x, scale_x, low_weight, scale_weight, x.dtype)
+        return out if group is None else reduce_scatter(out, group, size)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         low_x, scale_x, weight, known = ctx.saved_tensors
-        low, scale = quantised(gradient, BACKWARD)
+        low, scale = quantised(gradient, BACKWARD, scale_of(gradient, BACKWARD, ctx.group))
+        if ctx.group is not None:
+            low = _gathered(low, ctx.group, ctx.size)
         low_weight, scale_weight = quantised(weight, FORWARD, known)
-        grad_x = _product(low, scale, low_weight.t().contiguous(), scale_weight, gradient.dtype)
-        grad_weight = _product(low.t().contiguous(), scale, low_x.t().contiguous(), scale_x, weight.dtype)
-        return grad_x, grad_weight
+        grad_x = product(low, scale, low_weight.t().contiguous(), scale_weight, gradient.dtype)
+        grad_weight = product(low.t().contiguous(), scale, low_x.t().contiguous(), scale_x, weight.dtype)
+        return grad_x, grad_weight, None, None, None, None
 
 
-def _product(a: torch.Tensor, scale_a: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def product(a: torch.Tensor, scale_a: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """a @ b.T of [rows, inner] and [columns, inner], the only order in which the hardware takes them."""
     if not a.is_cuda:  # where torch's own takes thousands of times as long
         return ((a.float() @ b.float().t()) * (scale_a * scale_b)).to(dtype)

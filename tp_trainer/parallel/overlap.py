@@ -16,6 +16,7 @@ import torch
 from tp_trainer.parallel.async_tp import AsyncTensorParallel
 
 PRODUCT_FLOPS, COLLECTIVE_BYTES = 700e12, 170e9  # a second, of large bf16 tensors on H200 (benchmarks/RESULTS.md)
+SMALL = 1 << 20  # bytes under which a collective is done before a product beside it would have begun
 MARGIN = 2.0  # how much longer than the collective alone the products beside it are to take: ranks wait for each other
 
 _c10d = torch.ops._c10d_functional
@@ -72,7 +73,8 @@ def _bytes(layout: Any) -> float:
 
 def _collective_seconds(node: Any) -> float:
     """Of a collective among two ranks, as if it were alone; more ranks move up to twice as much."""
-    return max(map(_bytes, [node.node, *node.node.inputs])) / 2 / COLLECTIVE_BYTES
+    most = max(map(_bytes, [node.node, *node.node.inputs]))
+    return 0.0 if most < SMALL else most / 2 / COLLECTIVE_BYTES
 
 
 def _product_seconds(node: Any) -> float:

@@ -44,7 +44,7 @@ def is_float8(parallelism: Parallelism, device: torch.device) -> bool:
 
 def is_async_tp(parallelism: Parallelism, mesh: Mesh) -> bool:
     """Whether products go on beside tensor parallelism's exchange; a collective. Run at tp2_dp1 only, and not the default elsewhere."""
-    default = (mesh.tp_size, mesh.dp_size) == (2, 1) and not parallelism.float8  # whose products it can't take apart
+    default = (mesh.tp_size, mesh.dp_size) == (2, 1)
     wanted = default if parallelism.async_tp is None else parallelism.async_tp
     if not (wanted and parallelism.sequence_parallel and mesh.tp_size > 1 and is_compiled(parallelism, mesh.device)):
         return False

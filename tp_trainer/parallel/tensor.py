@@ -89,6 +89,11 @@ def apply_tensor_parallel(model: nn.Module, table: Mapping[str, Part], tp: Devic
         if part.role in forwards:
             module.tp_region, module.tp_part = region, part
             module.forward = MethodType(forwards[part.role], module)
+    for name, part in table.items():
+        if part.role is Role.REGION:
+            module = model.get_submodule(name)
+            taking = [each for each in module.children() if isinstance(each, nn.Linear) and _role(each) is not Role.ROW]
+            module.tp_in_float8 = region.float8 and region.sequence_parallel and all(map(_in_float8, taking))
 
 
 def _as_method(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,18 +131,22 @@ def _optional_local(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return None if parameter is None else local(parameter)
 
 
-def _linear(region: TensorRegion) -> Callable[..., torch.Tensor]:
-    return float8.linear if region.float8 else F.linear
+def _linear(region: TensorRegion, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return float8.linear(x, weight, bias, region.low) if region.float8 else F.linear(x, weight, bias)
 
 
 def _column(module: nn.Linear, region: TensorRegion, part: Part, x: torch.Tensor) -> torch.Tensor:
     """[..., in] -> [..., out / tp]"""
-    return _linear(region)(x, local(module.weight), _optional_local(module.bias))
+    return _linear(region, x, local(module.weight), _optional_local(module.bias))
 
 
 def _row(module: nn.Linear, region: TensorRegion, part: Part, x: torch.Tensor) -> torch.Tensor:
     """[batch, seq, in / tp] -> residual stream; the bias is added once, after the sum"""
-    out = region.leave(_linear(region)(x, local(module.weight), None))
+    weight = local(module.weight)
+    if region.float8 and region.sequence_parallel and float8.fits(*x.flatten(0, -2).shape, *weight.shape):
+        out = float8.linear_and_leave(x, weight, region.group, region.size)
+    else:
+        out = region.leave(_linear(region, x, weight, None))
     return out if module.bias is None else out + module.bias
 
 
@@ -200,7 +209,19 @@ def _head(module: nn.Linear, region: TensorRegion, part: Part, hidden: torch.Ten
 
 def _region(module: nn.Module, region: TensorRegion, part: Part, *args: Any, **kwargs: Any) -> Any:
     """Attention and MLP modules take the residual stream first, or as `hidden_states`."""
-    forward = type(module).forward
-    if args:
-        return forward(module, region.enter(args[0]), *args[1:], **kwargs)
-    return forward(module, hidden_states=region.enter(kwargs.pop("hidden_states")), **kwargs)
+    x, *rest = args or (kwargs.pop("hidden_states"),)
+    if not (module.tp_in_float8 and float8.fits(x.shape[1] * region.size)):
+        return type(module).forward(module, region.enter(x), *rest, **kwargs)
+    region.low = float8.gather(x, region.batch, region.group, region.size)
+    out = type(module).forward(module, region.low.whole, *rest, **kwargs)
+    region.low = None
+    return out
+
+
+def _role(module: nn.Module) -> Role | None:
+    part = getattr(module, "tp_part", None)
+    return None if part is None else part.role
+
+
+def _in_float8(linear: nn.Module) -> bool:
+    return _role(linear) in (Role.COLUMN, Role.FUSED) and float8.fits(*local(linear.weight).shape)  # type: ignore[arg-type]
