@@ -59,7 +59,11 @@ def worst(given: Any, expected: Any) -> float:
     return torch.tensor([abs(a - b) / abs(b) for a, b in zip(given, expected, strict=True)]).max().item()
 
 
-@pytest.mark.parametrize(("layout", "families"), [pytest.param(*each, id="_".join(f"{key}{value}" for key, value in each[0].items())) for each in LAYOUTS.get(SIZE, [])])
+def name_of(layout: dict[str, Any]) -> str:
+    return "_".join(f"{key}{value}" for key, value in layout.items())
+
+
+@pytest.mark.parametrize(("layout", "families"), [pytest.param(*each, id=name_of(each[0])) for each in LAYOUTS.get(SIZE, [])])
 def test_steps_are_those_of_plain_transformers(tmp_path: Path, models: Path, layout: dict[str, Any], families: list[str]) -> None:
     cases = {}
     for family in families:
