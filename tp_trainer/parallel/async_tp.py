@@ -152,15 +152,21 @@ def _only_user(node: Node) -> Node | None:
 
 def _call(graph: Graph, op: Any, args: tuple[Any, ...], count: int) -> list[Node]:
     results = _new(graph, op._opoverload, args)
+    if args[3]:  # scales. The compiler lets an operator that a pass put in have any strides, but float8 is taken in some only
+        results.meta["eager_input_vals"] = (_values(args), {})
     return [_new(graph, operator.getitem, (results, index)) for index in range(count)]
 
 
 def _new(graph: Graph, target: Any, args: tuple[Any, ...]) -> Node:
     """A node with its value, which the passes that follow look at."""
     node = graph.call_function(target, args)
-    values = torch.fx.node.map_arg(args, lambda each: each.meta["val"])
+    values = _values(args)
     fake = next(each.meta["val"] for each in node.all_input_nodes)
     fake = fake[0] if isinstance(fake, list | tuple) else fake
     with fake.fake_mode:
         node.meta["val"] = target(*values)
     return node
+
+
+def _values(args: tuple[Any, ...]) -> Any:
+    return torch.fx.node.map_arg(args, lambda each: each.meta["val"])

@@ -26,7 +26,7 @@ def gather_multiply(
 
     Args:
         x: [rows, in], this rank's.
-        weights: [in, out] each, or [out, in] where `transposed`; in float8 in columns, as the hardware takes them.
+        weights: [in, out] each, or [out, in] where `transposed`.
         scales: where they are in float8, float32 scalars: of x, the same on all ranks, and of each weight; else none.
         dtype: of the products.
         size, group: the group's number of ranks and its name.
@@ -79,7 +79,7 @@ def multiply_scatter(
     """This rank's rows of a sum of products over all ranks, not added up yet: the caller's kernels can do that on the way.
 
     Args:
-        xs: [size x rows, in] each, strided at will.
+        xs: [size x rows, in] each, strided at will; best in rows where they are in float8.
         weights: as above; the sum is of each x with its weight.
         scales: where they are in float8, float32 scalars: of each x, then of each weight; else none.
         dtype: of the products.
@@ -93,6 +93,7 @@ def multiply_scatter(
         even = [total.shape[0] // size] * size
         return [part.clone() for part in _ops.wait_tensor(_ops.all_to_all_single(total, even, even, group)).chunk(size)]
     factors = [_right(weight, transposed) for weight in weights]
+    xs = [x.contiguous() for x in xs] if scales else xs
     rows, main = xs[0].shape[0] // size, torch.cuda.current_stream()
     parts = [xs[0].new_empty(rows, factors[0].shape[1], dtype=dtype) for _ in range(size)]
     channel = _channel(group, (size - 1, *parts[0].shape), parts[0])
@@ -125,7 +126,8 @@ def _(
 
 
 def _right(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    return weight.t() if transposed else weight
+    factor = weight.t() if transposed else weight
+    return factor.t().contiguous().t() if factor.itemsize == 1 else factor  # the hardware takes float8 in columns only
 
 
 def _part(whole: torch.Tensor, rank: int, rows: int) -> torch.Tensor:
