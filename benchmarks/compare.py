@@ -2,7 +2,8 @@
 
     python benchmarks/compare.py --cells tp2_dp1_2048x4 tp1_dp2_2048x4 --programs ours torchtitan tutorial --results results.jsonl
 
-A cell is a layout with tokens a row x rows a micro-batch. Each measurement is a line of `--results`; a program that fails or takes
+A cell is a layout with tokens a row x rows a micro-batch; tp2_dp1_2048x4_16layers is of a model cut to 16 layers, for GPUs with less
+memory (torchtitan's script must take the number from LAYERS; the tutorial's can't). Each measurement is a line of `--results`; a program that fails or takes
 too long is told of in one line, and the rest go on. torchtitan runs with its loss parallel on and off; the better one counts. MFU is
 one formula for all (tp_trainer.metrics). The peers' scripts (torchtitan.sh, tutorial.py) lie in `--peers`, not in this repository.
 """
@@ -47,16 +48,17 @@ class Cell(NamedTuple):
     dp: int
     seq: int
     batch: int
+    layers: int | None = None  # of the model, where it is cut
 
     @classmethod
     def of(cls, name: str) -> Cell:
         """From tp2_dp1_2048x4. Raises ArgumentTypeError."""
-        if not (found := re.fullmatch(r"tp(\d+)_dp(\d+)_(\d+)x(\d+)", name)):
-            raise argparse.ArgumentTypeError(f"{name}: a cell is tp<N>_dp<N>_<tokens>x<rows>, e.g. tp2_dp1_2048x4")
-        return cls(*map(int, found.groups()))
+        if not (found := re.fullmatch(r"tp(\d+)_dp(\d+)_(\d+)x(\d+)(?:_(\d+)layers)?", name)):
+            raise argparse.ArgumentTypeError(f"{name}: a cell is tp<N>_dp<N>_<tokens>x<rows>, e.g. tp2_dp1_2048x4 or tp2_dp1_2048x4_16layers")
+        return cls(*(number and int(number) for number in found.groups()))
 
     def __str__(self) -> str:
-        return f"tp{self.tp}_dp{self.dp}_{self.seq}x{self.batch}"
+        return f"tp{self.tp}_dp{self.dp}_{self.seq}x{self.batch}" + (f"_{self.layers}layers" if self.layers else "")
 
 
 def parse_torchtitan(output: str) -> Row:
@@ -123,7 +125,8 @@ def execute(command: Sequence[str], limit: float, **env: str) -> str:
 
 def ours(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as scratch:
-        command = ["launch.py", "task=bench", f"parallelism.tp={cell.tp}", f"parallelism.dp={cell.dp}", f"model={MODEL}", "data=random",
+        cut = [f"model.overrides.num_hidden_layers={cell.layers}"] if cell.layers else []
+        command = ["launch.py", "task=bench", f"parallelism.tp={cell.tp}", f"parallelism.dp={cell.dp}", f"model={MODEL}", *cut, "data=random",
                    f"data.seq_length={cell.seq}", f"train.micro_batch_size={cell.batch}", *shlex.split(args.ours)]  # fmt: skip
         output = execute([sys.executable, *command, f"bench.output={scratch}/rows", f"checkpoint.storage_path={scratch}"], args.limit)
         if not Path(scratch, "rows").exists():
@@ -139,14 +142,16 @@ def torchtitan(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
                  f"{'' if loss_parallel else ' --parallelism.disable_loss_parallel'}")  # fmt: skip
         try:
             found = parse_torchtitan(execute(["bash", str(args.peers / "torchtitan.sh"), f"{cell}|{flags}"], args.limit + 60,
-                                             LIMIT=f"{args.limit:g}", GPUS=str(cell.tp * cell.dp)))  # fmt: skip
+                                             LIMIT=f"{args.limit:g}", GPUS=str(cell.tp * cell.dp), LAYERS=str(cell.layers or "")))  # fmt: skip
         except Failed as error:  # the other variant may do
             print(f"{cell} torchtitan: failed with loss parallel {'on' if loss_parallel else 'off'}: {error}", flush=True)
             continue
-        yield {**found, "loss_parallel": loss_parallel, "command": f"GPUS={cell.tp * cell.dp} torchtitan.sh '{cell}|{flags}'"}
+        yield {**found, "loss_parallel": loss_parallel, "command": f"{f'LAYERS={cell.layers} ' if cell.layers else ''}GPUS={cell.tp * cell.dp} torchtitan.sh '{cell}|{flags}'"}
 
 
 def tutorial(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
+    if cell.layers:
+        raise Failed("its script takes no number of layers")
     processes = ["--nproc-per-node", str(cell.tp * cell.dp), "--master-port", str(random.randint(20000, 29999))]
     arguments = ["--model", MODEL, "--tp", str(cell.tp), "--batch", str(cell.batch), "--seq", str(cell.seq)]
     for more in ([], ["--foreach-off"]):
@@ -163,7 +168,10 @@ def tutorial(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
 
 def measure(cell: Cell, program: str, args: argparse.Namespace) -> Iterator[Row]:
     """The rows of one program on one cell, each with the keys that all have. Raises Failed."""
-    numbers = Architecture.of(yaml.safe_load((ROOT / "conf" / "model" / f"{MODEL}.yaml").read_text())["architecture"], MODEL)
+    architecture = yaml.safe_load((ROOT / "conf" / "model" / f"{MODEL}.yaml").read_text())["architecture"]
+    if cell.layers:
+        architecture["num_hidden_layers"] = cell.layers
+    numbers = Architecture.of(architecture, MODEL)
     for row in {"ours": ours, "torchtitan": torchtitan, "tutorial": tutorial}[program](cell, args):
         yield {**row, "date": f"{datetime.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}", "cell": str(cell), "program": program,
                "commit": args.commit, "mfu": mfu(row["tokens_per_second_per_gpu"], numbers, cell.seq, args.peak)}  # fmt: skip

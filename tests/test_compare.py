@@ -45,7 +45,7 @@ def test_the_tutorial(compare: Any) -> None:
 
 
 def test_cells(compare: Any) -> None:
-    assert compare.Cell.of("tp2_dp4_8192x1") == (2, 4, 8192, 1) and str(compare.Cell(2, 4, 8192, 1)) == "tp2_dp4_8192x1"
+    assert compare.Cell.of("tp2_dp4_8192x1") == (2, 4, 8192, 1, None) and str(compare.Cell(2, 4, 8192, 1)) == "tp2_dp4_8192x1"
     with pytest.raises(argparse.ArgumentTypeError, match=r"e\.g\. tp2_dp1_2048x4"):
         compare.Cell.of("tp2_2048x4")
 

@@ -24,7 +24,7 @@ BFLOAT16 = {"loss": 5e-3, "norm": 5e-2}
 FLOAT8 = {"loss": 1e-2, "norm": 0.1}
 LAYOUTS: dict[int, list[tuple[dict[str, Any], list[str]]]] = {
     2: [({"tp": 2, "dp": 1}, ALL), ({"tp": 1, "dp": 2}, ALL), ({"tp": 1, "dp": 2, "direct_fsdp": False}, FEW),
-        ({"tp": 2, "dp": 1, "float8": True}, FEW), ({"tp": 1, "dp": 2, "dp_replicate": 2}, TWO)],
+        ({"tp": 2, "dp": 1, "float8": True}, TWO), ({"tp": 1, "dp": 2, "dp_replicate": 2}, TWO)],
     4: [({"tp": 2, "dp": 2}, TWO), ({"tp": 4, "dp": 1}, TWO), ({"tp": 2, "dp": 2, "async_tp": True, "direct_fsdp": True}, TWO),
         ({"tp": 4, "dp": 1, "async_tp": True, "float8": True}, TWO), ({"tp": 2, "dp": 2, "dp_replicate": 2}, TWO),
         ({"tp": 1, "dp": 4, "dp_replicate": 2, "direct_fsdp": True}, TWO)],
