@@ -3,7 +3,9 @@
     python benchmarks/compare.py --cells tp2_dp1_2048x4 tp1_dp2_2048x4 --programs ours torchtitan tutorial --results results.jsonl
 
 A cell is a layout with tokens a row x rows a micro-batch; tp2_dp1_2048x4_16layers is of a model cut to 16 layers, for GPUs with less
-memory (torchtitan's script must take the number from LAYERS; the tutorial's can't). Each measurement is a line of `--results`; a program that fails or takes
+memory (torchtitan's script must take the number from LAYERS; the tutorial's can't).
+
+Each measurement is a line of `--results`; a program that fails or takes
 too long is told of in one line, and the rest go on. torchtitan runs with its loss parallel on and off; the better one counts. MFU is
 one formula for all (tp_trainer.metrics). The peers' scripts (torchtitan.sh, tutorial.py) lie in `--peers`, not in this repository.
 """
@@ -54,7 +56,7 @@ class Cell(NamedTuple):
     def of(cls, name: str) -> Cell:
         """From tp2_dp1_2048x4. Raises ArgumentTypeError."""
         if not (found := re.fullmatch(r"tp(\d+)_dp(\d+)_(\d+)x(\d+)(?:_(\d+)layers)?", name)):
-            raise argparse.ArgumentTypeError(f"{name}: a cell is tp<N>_dp<N>_<tokens>x<rows>, e.g. tp2_dp1_2048x4 or tp2_dp1_2048x4_16layers")
+            raise argparse.ArgumentTypeError(f"{name}: a cell is tp<N>_dp<N>_<tokens>x<rows>, e.g. tp2_dp1_2048x4")
         return cls(*(number and int(number) for number in found.groups()))
 
     def __str__(self) -> str:
@@ -126,8 +128,8 @@ def execute(command: Sequence[str], limit: float, **env: str) -> str:
 def ours(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         cut = [f"model.overrides.num_hidden_layers={cell.layers}"] if cell.layers else []
-        command = ["launch.py", "task=bench", f"parallelism.tp={cell.tp}", f"parallelism.dp={cell.dp}", f"model={MODEL}", *cut, "data=random",
-                   f"data.seq_length={cell.seq}", f"train.micro_batch_size={cell.batch}", *shlex.split(args.ours)]  # fmt: skip
+        command = ["launch.py", "task=bench", f"parallelism.tp={cell.tp}", f"parallelism.dp={cell.dp}", f"model={MODEL}", *cut,
+                   "data=random", f"data.seq_length={cell.seq}", f"train.micro_batch_size={cell.batch}", *shlex.split(args.ours)]  # fmt: skip
         output = execute([sys.executable, *command, f"bench.output={scratch}/rows", f"checkpoint.storage_path={scratch}"], args.limit)
         if not Path(scratch, "rows").exists():
             raise Failed(last_line(output))
@@ -135,6 +137,7 @@ def ours(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def torchtitan(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
+    env = {"GPUS": str(cell.tp * cell.dp)} | ({"LAYERS": str(cell.layers)} if cell.layers else {})
     both = args.loss_parallel == "both" and cell.tp > 1
     for loss_parallel in (True, False) if both else (args.loss_parallel != "off",):
         flags = (f"--training.seq_len {cell.seq} --training.local_batch_size {cell.batch} --parallelism.tensor_parallel_degree {cell.tp} "
@@ -142,11 +145,12 @@ def torchtitan(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
                  f"{'' if loss_parallel else ' --parallelism.disable_loss_parallel'}")  # fmt: skip
         try:
             found = parse_torchtitan(execute(["bash", str(args.peers / "torchtitan.sh"), f"{cell}|{flags}"], args.limit + 60,
-                                             LIMIT=f"{args.limit:g}", GPUS=str(cell.tp * cell.dp), LAYERS=str(cell.layers or "")))  # fmt: skip
+                                             LIMIT=f"{args.limit:g}", **env))  # fmt: skip
         except Failed as error:  # the other variant may do
             print(f"{cell} torchtitan: failed with loss parallel {'on' if loss_parallel else 'off'}: {error}", flush=True)
             continue
-        yield {**found, "loss_parallel": loss_parallel, "command": f"{f'LAYERS={cell.layers} ' if cell.layers else ''}GPUS={cell.tp * cell.dp} torchtitan.sh '{cell}|{flags}'"}
+        given = " ".join(f"{key}={value}" for key, value in env.items())
+        yield {**found, "loss_parallel": loss_parallel, "command": f"{given} torchtitan.sh '{cell}|{flags}'"}
 
 
 def tutorial(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
