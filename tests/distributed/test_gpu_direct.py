@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def steps(device: torch.device, parallelism: dict[str, Any]) -> list[float]:
                 out.append(evaluate(made.model, made.data.evaluation(), made.mesh))
         assert added.called is parallelism["direct_fsdp"]
         assert bool(made.model.micro_step.graphs) is (parallelism.get("cuda_graphs") is None)
+    del made
+    gc.collect()  # or the models of all ways are held, some 5 GiB each
     return out
 
 
