@@ -129,7 +129,8 @@ def ours(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         cut = [f"model.overrides.num_hidden_layers={cell.layers}"] if cell.layers else []
         command = ["launch.py", "task=bench", f"parallelism.tp={cell.tp}", f"parallelism.dp={cell.dp}", f"model={MODEL}", *cut,
-                   "data=random", f"data.seq_length={cell.seq}", f"train.micro_batch_size={cell.batch}", *shlex.split(args.ours)]  # fmt: skip
+                   "data=random", f"data.seq_length={cell.seq}", f"train.micro_batch_size={cell.batch}",
+                   *shlex.split(args.ours)]  # fmt: skip
         output = execute([sys.executable, *command, f"bench.output={scratch}/rows", f"checkpoint.storage_path={scratch}"], args.limit)
         if not Path(scratch, "rows").exists():
             raise Failed(last_line(output))

@@ -29,7 +29,7 @@ def reached() -> Any:
 @pytest.mark.parametrize(
     ("choice", "tp", "dp", "expected"),
     [({}, 2, 1, True), ({}, 2, 2, False), ({}, 4, 1, False), ({"async_tp": True}, 4, 2, True), ({"async_tp": False}, 2, 1, False),
-     ({"float8": True}, 2, 1, False), ({"sequence_parallel": False}, 2, 1, False), ({"compile": False}, 2, 1, False)],
+     ({"float8": True}, 2, 1, True), ({"sequence_parallel": False}, 2, 1, False), ({"compile": False}, 2, 1, False)],
     ids=str,
 )  # fmt: skip
 def test_where_products_go_on_beside_the_exchange(choice: dict[str, Any], tp: int, dp: int, expected: bool, reached: Any) -> None:

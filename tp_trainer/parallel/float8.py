@@ -64,7 +64,10 @@ def gather(x: torch.Tensor, batch: int, group: str, size: int) -> Low:
     Args:
         x: [1, batch x seq / size, features], this rank's.
     """
-    whole, values, scale = _Gather.apply(x, group, size)
+    with torch.no_grad():
+        own, scale = quantised(x.flatten(0, -2), FORWARD, scale_of(x, FORWARD, group))
+        values = _gathered(own, group, size)
+    whole = _Restore.apply(x, values, scale, group, size)
     return Low(whole.view(batch, -1, x.shape[-1]), values, scale)
 
 
@@ -91,18 +94,17 @@ def _gathered(low: torch.Tensor, group: str, size: int) -> torch.Tensor:
     return all_gather(low.view(torch.uint8), group, size).view(low.dtype)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: str, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ctx.group, ctx.size = group, size
-        own, scale = quantised(x.flatten(0, -2), FORWARD, scale_of(x, FORWARD, group))
-        values = _gathered(own, group, size)
-        ctx.mark_non_differentiable(values, scale)
-        return (values.float() * scale).to(x.dtype), values, scale  # the first, for its shape and gradient, is compiled to nothing
+class _Restore(torch.autograd.Function):
+    """What rows stand for once they have been gathered; for its shape and gradient, and compiled to nothing."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None]:
-        return reduce_scatter(gradient, ctx.group, ctx.size)[None], None, None
+    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, group: str, size: int) -> torch.Tensor:
+        ctx.group, ctx.size = group, size
+        return _cast(values.float() * scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return reduce_scatter(gradient, ctx.group, ctx.size)[None], None, None, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -135,5 +137,10 @@ class _Linear(torch.autograd.Function):
 def product(a: torch.Tensor, scale_a: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """a @ b.T of [rows, inner] and [columns, inner], the only order in which the hardware takes them."""
     if not a.is_cuda:  # where torch's own takes thousands of times as long
-        return ((a.float() @ b.float().t()) * (scale_a * scale_b)).to(dtype)
+        return _cast((a.float() @ b.float().t()) * (scale_a * scale_b), dtype)
     return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x.to(dtype). With torch 2.11 a Function that ends in one that does nothing loses its gradient when it is compiled."""
+    return x if x.dtype == dtype else x.to(dtype)
