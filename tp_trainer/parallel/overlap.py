@@ -16,7 +16,7 @@ import torch
 from tp_trainer.parallel.async_tp import AsyncTensorParallel
 
 PRODUCT_FLOPS, COLLECTIVE_BYTES = 700e12, 170e9  # a second, of large bf16 tensors on H200 (benchmarks/RESULTS.md)
-SMALL = 1 << 20  # bytes under which a collective is done before a product beside it would have begun
+SMALL = 1 << 10  # bytes: a few numbers are exchanged before a product beside them would have begun
 MARGIN = 2.0  # how much longer than the collective alone the products beside it are to take: ranks wait for each other
 
 _c10d = torch.ops._c10d_functional
