@@ -1,8 +1,10 @@
-"""While a model is built, a rank holds its shard and one whole tensor at most."""
+"""While a model is built, a rank holds its shard and one whole tensor at most; once nobody has it, it holds nothing."""
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from plain_reference import FAMILIES, SIZES, plain_model, settings_of
+from rank_cases import trainer
 from rank_pool import RankPool
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
@@ -99,3 +102,19 @@ def test_peak_of_building(ranks: RankPool, tmp_path: Path, weights: str) -> None
 def test_the_measure_sees_a_whole_model(ranks: RankPool, tmp_path: Path, weights: str, work: str) -> None:
     for peak, shard, largest, whole in ranks.run(4, building, settings_for(weights, tmp_path), work):
         assert peak > whole > 1.3 * shard + largest
+
+
+def outlives(settings: dict[str, Any]) -> bool:
+    """Whether a model is held by something after a step, when nobody has it any more."""
+    made = trainer(settings)
+    made.step()
+    made.model.close()
+    held = [weakref.ref(each) for each in (made.model.module, *made.model.parameters)]
+    del made
+    gc.collect()
+    return any(each() is not None for each in held)
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 1), (1, 2)])
+def test_a_model_that_nobody_has_is_let_go(ranks: RankPool, tp: int, dp: int) -> None:
+    assert ranks.run(tp * dp, outlives, settings_of(FAMILIES["llama"], tp, dp)) == [False] * tp * dp

@@ -6,6 +6,7 @@ in their place: copies in the dtype of compute, which our optimizer writes along
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
@@ -64,11 +65,14 @@ class ComputeCopies:
         if parameter in self.low:
             parameter.grad_dtype = None  # type: ignore[attr-defined]  # any
 
+        # not self: the collector doesn't see what a hook holds, and the model would never be let go
+        copies, low = weakref.ref(self), parameter in self.low
+
         def hand_over(copy: torch.Tensor) -> None:
-            gradient, copy.grad = copy.grad, None
-            assert gradient is not None
+            gradient, copy.grad, owner = copy.grad, None, copies()
+            assert gradient is not None and owner is not None
             if parameter.grad is None:
-                kept = parameter in self.low and not self.adding
+                kept = low and not owner.adding
                 # as FSDP2 makes its own: from_local, for autograd's sake, takes the host 40 us
                 own_gradient = gradient if kept else gradient.to(own.dtype)
                 parameter.grad = DTensor(own_gradient, parameter._spec, requires_grad=False)  # type: ignore[call-arg, arg-type]
