@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from plain_reference import FAMILIES, settings_of
 from rank_cases import NEEDS_COMPILER, Watch, exchanges_of_graphs, trainer
 from rank_pool import RankPool
+from scaled_mm import NEEDS_SCALED_MM, scaled_mm_in_float32
 
 from tp_trainer.parallel import float8, tensor
 from tp_trainer.parallel.collectives import _Scatter
@@ -68,6 +69,7 @@ def test_scales_never_overflow_and_zeros_stay() -> None:
                 torch.testing.assert_close(restored(x, dtype), x.double(), rtol=0.13, atol=0)
 
 
+@NEEDS_SCALED_MM
 def test_the_product_is_torchs() -> None:
     a, b = float8.quantised(torch.randn(32, 64), float8.BACKWARD), float8.quantised(torch.randn(48, 64) * 1e-3, float8.FORWARD)
     for dtype in (torch.float32, torch.bfloat16):
@@ -158,10 +160,12 @@ def beside(parallelism: dict[str, Any], family: str) -> tuple[tuple[float, float
     def as_on_gpus(a: torch.Tensor, scale_a: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)
 
-    architecture = {**FAMILIES[family], **SIZES, "num_hidden_layers": 1}  # torch's own product takes long on a CPU
+    architecture = {**FAMILIES[family], **SIZES, "num_hidden_layers": 1}
     settings = settings_of(architecture, parallelism={**parallelism, "float8": True}, data={"seq_length": 32},
                            train={"micro_batch_size": 1, "global_batch_size": parallelism["dp"]})  # fmt: skip
-    with exchanges_of_graphs() as found, mock.patch.object(float8, "product", as_on_gpus if "compile" in parallelism else float8.product):
+    if "compile" not in parallelism:
+        return trainer(settings).step(), []
+    with exchanges_of_graphs() as found, mock.patch.object(float8, "product", as_on_gpus), scaled_mm_in_float32():
         return trainer(settings).step(), found
 
 
