@@ -1,10 +1,13 @@
-"""Measures checkpoints without Ray: pause and total of a save, in the background and not, and the time of a load in two layouts.
+"""Measures checkpoints without Ray: pause and total of a save, in the background and not, and the
+time of a load in two layouts.
 
-    python benchmarks/checkpoints.py out=/dir parallelism=tp2_dp1 other=tp1_dp2 saves=3 model=qwen2_7b model.weights=random
+    python benchmarks/checkpoints.py out=/dir parallelism=tp2_dp1 other=tp1_dp2 saves=3 \\
+        model=qwen2_7b model.weights=random
 
-One process a rank is started here: on GPUs where there are enough, else on the CPU. What is not `out`, `other` (the layout
-of the second load), `saves` (how many of each kind) or `steps` (training steps between them) is given to the configuration
-as on launch.py's command line. Prints one line of JSON per measurement; `<out>/checkpoints` is deleted first and last.
+One process a rank is started here: on GPUs where there are enough, else on the CPU. What is not
+`out`, `other` (the layout of the second load), `saves` (how many of each kind) or `steps` (training
+steps between them) is given to the configuration as on launch.py's command line. Prints one line of
+JSON per measurement; `<out>/checkpoints` is deleted first and last.
 """
 
 from __future__ import annotations
@@ -20,19 +23,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "distributed"))
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from rank_cases import Trainer, trainer
 from torch.distributed.tensor import DTensor
 
-from tp_trainer.checkpoint.state import Checkpoints, local
-from tp_trainer.config import load
-from tp_trainer.data import Cursor, open_data
+from tp_trainer.checkpoint.files import local
+from tp_trainer.checkpoint.saving import Checkpoints
+from tp_trainer.checkpoint.state import RunState
 from tp_trainer.host import free_host_memory
-from tp_trainer.loop import train_step
-from tp_trainer.models.build import build_model
-from tp_trainer.optim import build_optimizer
-from tp_trainer.parallel.mesh import build_mesh
 
 
 def composed(overrides: list[str]) -> dict[str, Any]:
@@ -42,79 +44,114 @@ def composed(overrides: list[str]) -> dict[str, Any]:
     from tp_trainer.cli.arguments import conf_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        values = OmegaConf.to_container(compose("config", ["data=random", *overrides]), resolve=True)
+        values = OmegaConf.to_container(
+            compose("config", ["data=random", *overrides]), resolve=True
+        )
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
-class Rank:
-    """One rank's model, optimizer and data."""
-
-    def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
-        self.config = load(settings)
-        parallelism = self.config.parallelism
-        self.config.train.global_batch_size = self.config.train.micro_batch_size * parallelism.dp
-        self.mesh = build_mesh(parallelism, device)
-        self.model = build_model(self.config, self.mesh, lambda find: find())
-        self.optimizer = build_optimizer(self.config.optim, self.model.module.named_parameters())
-        self.data = open_data(
-            self.config, tokenizer="none", dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size, first_on_node=lambda make: make()
-        )
-        self.cursor = Cursor()
-
-    def step(self) -> float:
-        """One training step; its seconds, until the device is done."""
-        began = time.perf_counter()
-        batches, self.cursor = self.data.step(self.cursor)
-        loss, _ = train_step(self.model, self.optimizer, batches, self.mesh, self.config.train.clip_grad_norm)
-        loss.item()
-        return time.perf_counter() - began
-
-    def checkpoints(self, out: str, asynchronous: bool) -> Checkpoints:
-        return Checkpoints(out, 1, self.model.module, self.optimizer, self.mesh.device, asynchronous=asynchronous)
+def made_of(settings: dict[str, Any], device: torch.device) -> Trainer:
+    """One rank's model, optimizer and data; a micro-batch a step."""
+    return trainer({**settings, "train": {**settings["train"], "global_batch_size": None}}, device)
 
 
-def measure(rank: int, world: int, port: int, gpu: bool, options: dict[str, str], first: dict[str, Any], second: dict[str, Any]) -> None:
+def step(made: Trainer) -> float:
+    """One training step; its seconds, until the device is done."""
+    began = time.perf_counter()
+    made.step()
+    return time.perf_counter() - began
+
+
+def checkpoints_of(made: Trainer, out: str, asynchronous: bool) -> Checkpoints:
+    module, optimizer, device = made.model.module, made.optimizer, made.mesh.device
+    return Checkpoints(out, 1, module, optimizer, device, asynchronous=asynchronous)
+
+
+def measure(
+    rank: int,
+    world: int,
+    port: int,
+    gpu: bool,
+    options: dict[str, str],
+    first: dict[str, Any],
+    second: dict[str, Any],
+) -> None:
     device = torch.device("cuda", rank) if gpu else torch.device("cpu")
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")}  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+    }
     if gpu:
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())  # steps on the default one can't become graphs
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    out, saves, steps = f"{options['out']}/checkpoints", int(options["saves"]), int(options["steps"])
+    out, saves, steps = (
+        f"{options['out']}/checkpoints",
+        int(options["saves"]),
+        int(options["steps"]),
+    )
 
     def say(**row: Any) -> None:
         if rank == 0:
-            print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}), flush=True)
+            print(
+                json.dumps(
+                    {
+                        key: round(value, 4) if isinstance(value, float) else value
+                        for key, value in row.items()
+                    }
+                ),
+                flush=True,
+            )
 
-    made = Rank(first, device)
-    seconds = [made.step() for _ in range(5)]
+    made = made_of(first, device)
+    seconds = [step(made) for _ in range(5)]
     plain = statistics.median(seconds[2:])
     free = (free_host_memory() or 0) / 2**30
-    say(what="step", layout=made.config.parallelism.layout, seconds=plain, peak_gib=peak(device), free_host_gib=free)
+    say(
+        what="step",
+        layout=made.config.parallelism.layout,
+        seconds=plain,
+        peak_gib=peak(device),
+        free_host_gib=free,
+    )
     number = 0
     sums: list[torch.Tensor] = []
     for asynchronous in (True, False):
-        checkpoints = made.checkpoints(out, asynchronous)
+        checkpoints = checkpoints_of(made, out, asynchronous)
         checkpoints.prepare()
         for _ in range(saves):
             number += 1
-            state = {"step": number, "epoch": 0, "offset": 0, "tokens": 0, "global_batch_size": 1}
+            state = RunState(number, epoch=0, offset=0, tokens=0, global_batch_size=1)
             sums = checksums(checkpoints)
-            checkpoints.save(number, state, last=False)
-            during = [made.step() for _ in range(steps)]
+            checkpoints.save(state, last=False)
+            during = [step(made) for _ in range(steps)]
             began = time.perf_counter()
             checkpoints.wait()
             waited = time.perf_counter() - began
             (saved,) = checkpoints.done()
             pauses: list[Any] = [None] * world
             dist.all_gather_object(pauses, saved.pause_seconds)
-            say(what="save", asynchronous=asynchronous, pause_seconds=max(pauses), pause_of_step=max(pauses) / plain, seconds=saved.seconds,
-                bytes=saved.bytes, gib_per_second=saved.bytes / saved.seconds / 2**30, step_seconds_during=statistics.median(during),
-                waited_after=waited, peak_gib=peak(device), error=saved.error, notes=saved.notes)  # fmt: skip
+            say(
+                what="save",
+                asynchronous=asynchronous,
+                pause_seconds=max(pauses),
+                pause_of_step=max(pauses) / plain,
+                seconds=saved.seconds,
+                bytes=saved.bytes,
+                gib_per_second=saved.bytes / saved.seconds / 2**30,
+                step_seconds_during=statistics.median(during),
+                waited_after=waited,
+                peak_gib=peak(device),
+                error=saved.error,
+                notes=saved.notes,
+            )
         del checkpoints
     for settings in (first, second):
         made.model.close()
@@ -122,8 +159,8 @@ def measure(rank: int, world: int, port: int, gpu: bool, options: dict[str, str]
         gc.collect()
         if gpu:
             torch.cuda.empty_cache()
-        made = Rank(settings, device)
-        checkpoints = made.checkpoints(out, True)
+        made = made_of(settings, device)
+        checkpoints = checkpoints_of(made, out, True)
         began = time.perf_counter()
         found, skipped = checkpoints.newest()
         verified = time.perf_counter()
@@ -132,25 +169,39 @@ def measure(rank: int, world: int, port: int, gpu: bool, options: dict[str, str]
         if gpu:
             torch.cuda.synchronize()
         ended = time.perf_counter()
-        equal = all(torch.equal(one, other) for one, other in zip(sums, checksums(checkpoints), strict=True))
-        say(what="load", layout=made.config.parallelism.layout, seconds=ended - began, verify_seconds=verified - began,
-            read_seconds=ended - verified, equal=equal)  # fmt: skip
+        equal = all(
+            torch.equal(one, other) for one, other in zip(sums, checksums(checkpoints), strict=True)
+        )
+        say(
+            what="load",
+            layout=made.config.parallelism.layout,
+            seconds=ended - began,
+            verify_seconds=verified - began,
+            read_seconds=ended - verified,
+            equal=equal,
+        )
         del checkpoints
     made.model.close()
     dist.destroy_process_group()
 
 
 def checksums(checkpoints: Checkpoints) -> list[torch.Tensor]:
-    """Of every whole tensor a number that its bytes give, the same in any layout (sums of integers are exact in any order)."""
+    """Of every whole tensor a number that its bytes give, the same in any layout (sums of integers
+    are exact in any order).
+    """
     sums = []
-    for tensor in checkpoints._tensors(with_rng=False).values():
+    for tensor in checkpoints.tensors(with_rng=False).values():
         part = local(tensor).contiguous()
-        number = part.reshape(-1).view(torch.int32 if part.element_size() == 4 else torch.int16).sum(dtype=torch.int64)
+        number = (
+            part.reshape(-1)
+            .view(torch.int32 if part.element_size() == 4 else torch.int16)
+            .sum(dtype=torch.int64)
+        )
         replicas, number = dist.get_world_size(), number.cpu()
         if isinstance(tensor, DTensor):  # its mesh may be that of a part of the world
             for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
                 replicas //= size if not placement.is_replicate() else 1
-        dist.all_reduce(number, group=checkpoints._group)
+        dist.all_reduce(number, group=checkpoints.ranks.group)
         sums.append(number // replicas)
     return sums
 
@@ -171,7 +222,9 @@ def main() -> None:
     if not options["out"]:
         sys.exit("error: out=<directory> is missing: where the checkpoints go")
     first = composed(overrides)
-    second = composed([*overrides, f"parallelism={options['other']}"] if options["other"] else overrides)
+    second = composed(
+        [*overrides, f"parallelism={options['other']}"] if options["other"] else overrides
+    )
     world = first["parallelism"]["tp"] * first["parallelism"]["dp"]
     if second["parallelism"]["tp"] * second["parallelism"]["dp"] != world:
         sys.exit("error: other: must have as many workers as parallelism")

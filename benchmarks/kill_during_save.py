@@ -1,12 +1,14 @@
-"""Kills a process group in the middle of saving, again and again, and looks at what the next start finds.
+"""Kills a process group in the middle of saving, again and again, and looks at what the next start
+finds.
 
     python benchmarks/kill_during_save.py kills=50 ranks=2 seed=0 directory=/tmp/kills
 
-Every save holds tensors that are a function of its step, so that a mixture of two saves shows. After each kill (-9, all
-ranks at once, at a random moment while they save without pause) the next group takes up the newest checkpoint that
-verifies. Counted are: `torn`, chosen checkpoints whose tensors are not their step's; `lost`, where an older one was found
-than a save that had been reported as done; `leftovers`, what killed saves left behind at the moment of the next start.
-Exit code 1 where torn or lost is not 0.
+Every save holds tensors that are a function of its step, so that a mixture of two saves shows.
+After each kill (-9, all ranks at once, at a random moment while they save without pause) the next
+group takes up the newest checkpoint that verifies. Counted are: `torn`, chosen checkpoints whose
+tensors are not their step's; `lost`, where an older one was found than a save that had been
+reported as done; `leftovers`, what killed saves left behind at the moment of the next start. Exit
+code 1 where torn or lost is not 0.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tp_trainer.checkpoint.state import Checkpoints, local
+from tp_trainer.checkpoint.files import local
+from tp_trainer.checkpoint.saving import Checkpoints
+from tp_trainer.checkpoint.state import RunState
 from tp_trainer.checkpoint.store import DRAFT
 
 START_SECONDS = 120
@@ -42,8 +46,12 @@ class Model(nn.Module):
         from torch.distributed.tensor import Shard, distribute_tensor
 
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        self.sharded = nn.Parameter(distribute_tensor(torch.zeros(1 << 10, 1 << 10), mesh, [Shard(0)]))
-        self.replicated = nn.ParameterList(nn.Parameter(torch.zeros(100 + size)) for size in range(8))
+        self.sharded = nn.Parameter(
+            distribute_tensor(torch.zeros(1 << 10, 1 << 10), mesh, [Shard(0)])
+        )
+        self.replicated = nn.ParameterList(
+            nn.Parameter(torch.zeros(100 + size)) for size in range(8)
+        )
 
 
 def value(step: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -62,7 +70,7 @@ def rank_main(rank: int, ranks: int, directory: str, group: str, report: Any) ->
     torn = False
     if found is not None:
         saves.restore(found)
-        tensors = [local(tensor) for tensor in saves._tensors(with_rng=False).values()]
+        tensors = [local(tensor) for tensor in saves.tensors(with_rng=False).values()]
         torn = not all(torch.equal(tensor, value(found.step, tensor)) for tensor in tensors)
     else:  # an optimizer has no state before its first step
         for parameter in model.parameters():
@@ -74,10 +82,10 @@ def rank_main(rank: int, ranks: int, directory: str, group: str, report: Any) ->
         while True:
             step += 1
             with torch.no_grad():
-                for tensor in map(local, saves._tensors(with_rng=False).values()):
+                for tensor in map(local, saves.tensors(with_rng=False).values()):
                     tensor.copy_(value(step, tensor))
-            counts = {"step": step, "epoch": 0, "offset": step, "tokens": step, "global_batch_size": 1}
-            saves.save(step, counts, last=step % 3 == 0)
+            counts = RunState(step, epoch=0, offset=step, tokens=step, global_batch_size=1)
+            saves.save(counts, last=step % 3 == 0)
             for saved in saves.done():
                 if saved.path is None:
                     raise RuntimeError(saved.error)
@@ -87,7 +95,11 @@ def rank_main(rank: int, ranks: int, directory: str, group: str, report: Any) ->
 
 def last_done(directory: str, ranks: int) -> int:
     """The newest step that any rank was told of as saved."""
-    lines = [line for rank in range(ranks) for line in (Path(directory) / f"done.{rank}").read_text().splitlines()]
+    lines = [
+        line
+        for rank in range(ranks)
+        for line in (Path(directory) / f"done.{rank}").read_text().splitlines()
+    ]
     return max(map(int, lines), default=0)
 
 
@@ -100,10 +112,15 @@ def kill_during_save(directory: str, kills: int, ranks: int, seed: int) -> dict[
         Path(directory, f"done.{rank}").touch()
     for number in range(kills + 1):
         run = Path(directory, "run")
-        counts["leftovers"] += any(each.name.startswith(DRAFT) for each in run.iterdir()) if run.exists() else 0
+        counts["leftovers"] += (
+            any(each.name.startswith(DRAFT) for each in run.iterdir()) if run.exists() else 0
+        )
         report = context.Queue()
         group = f"{directory}/group-{number}"
-        processes = [context.Process(target=rank_main, args=(rank, ranks, directory, group, report)) for rank in range(ranks)]
+        processes = [
+            context.Process(target=rank_main, args=(rank, ranks, directory, group, report))
+            for rank in range(ranks)
+        ]
         for process in processes:
             process.start()
         try:
@@ -127,11 +144,15 @@ def kill_during_save(directory: str, kills: int, ranks: int, seed: int) -> dict[
 
 
 def main() -> None:
-    options = {"kills": "50", "ranks": "2", "seed": "0", "directory": ""} | dict(each.split("=", 1) for each in sys.argv[1:])
+    options = {"kills": "50", "ranks": "2", "seed": "0", "directory": ""} | dict(
+        each.split("=", 1) for each in sys.argv[1:]
+    )
     directory = options["directory"] or tempfile.mkdtemp(prefix="kill-during-save-")
     os.makedirs(directory, exist_ok=True)
     try:
-        counts = kill_during_save(directory, int(options["kills"]), int(options["ranks"]), int(options["seed"]))
+        counts = kill_during_save(
+            directory, int(options["kills"]), int(options["ranks"]), int(options["seed"])
+        )
     finally:
         if not options["directory"]:
             shutil.rmtree(directory, ignore_errors=True)

@@ -1,10 +1,11 @@
-"""How much host memory a worker needs to load a model: makes a directory of random weights and trains from it.
+"""How much host memory a worker needs to load a model: makes a directory of random weights and
+trains from it.
 
-    python benchmarks/weights_in.py <directory> parallelism=tp2_dp1 [model=qwen2_7b] [more of launch.py's keys]
+    python benchmarks/weights_in.py <directory> parallelism=tp2_dp1 [model=qwen2_7b] [more keys]
 
-Prints the most private memory (RssAnon: pages of mapped files don't count) that each worker held, sampled every 50 ms
-until the first step is done, and how large the weights are as a whole. <directory> gets the weights (bfloat16, sharded
-safetensors) and the run's files.
+Prints the most private memory (RssAnon: pages of mapped files don't count) that each worker held,
+sampled every 50 ms until the first step is done, and how large the weights are as a whole.
+<directory> gets the weights (bfloat16, sharded safetensors) and the run's files.
 """
 
 from __future__ import annotations
@@ -20,25 +21,34 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tp_trainer.models.build import meta_model
+from tp_trainer.models.description import meta_model
 from tp_trainer.tasks.export import partition
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_weights(directory: Path, group: str) -> int:
-    """Random weights for a model of conf/model, as save_pretrained would write them. Returns their bytes."""
-    architecture = yaml.safe_load((ROOT / "conf" / "model" / f"{group}.yaml").read_text())["architecture"]
+    """Random weights for a model of conf/model, as save_pretrained would write them. Returns their
+    bytes.
+    """
+    architecture = yaml.safe_load((ROOT / "conf" / "model" / f"{group}.yaml").read_text())[
+        "architecture"
+    ]
     model = meta_model(architecture)
     model.config.save_pretrained(directory)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    weight_map, total, block = {}, 0, (0.02 * torch.randn(1 << 20)).bfloat16()
+    weight_map, total, block = dict[str, str](), 0, (0.02 * torch.randn(1 << 20)).bfloat16()
     for file, each in partition(shapes, "bfloat16", 5.0):
-        tensors = {name: block.repeat(-(-prod(shape) // len(block)))[: prod(shape)].view(shape) for name, shape in each.items()}
+        tensors = {
+            name: block.repeat(-(-prod(shape) // len(block)))[: prod(shape)].view(shape)
+            for name, shape in each.items()
+        }
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
     return total
 
 
@@ -48,7 +58,9 @@ def private_memory() -> dict[int, int]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if b"RayTrainWorker" in (process / "cmdline").read_bytes():
-                fields = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+                fields = dict(
+                    line.split(":", 1) for line in (process / "status").read_text().splitlines()
+                )
                 found[int(process.name)] = int(fields["RssAnon"].split()[0]) * 1024
         except (OSError, KeyError):
             pass  # it has just ended
@@ -61,12 +73,20 @@ def main(directory: Path, keys: list[str]) -> int:
     weights.mkdir(parents=True)
     size = write_weights(weights, groups[0] if groups else "tiny")
     keys = [key for key in keys if not key.startswith("model=")]
-    command = [sys.executable, str(ROOT / "launch.py"), f"model.name={weights}", f"checkpoint.storage_path={directory}",
-               "checkpoint.interval=null", "tracker=none", *keys]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "launch.py"),
+        f"model.name={weights}",
+        f"checkpoint.storage_path={directory}",
+        "checkpoint.interval=null",
+        "tracker=none",
+        *keys,
+    ]
     print(" ".join(command), flush=True)
     most: dict[int, int] = {}
     run = subprocess.Popen(command)
-    while run.poll() is None and not list(directory.glob("*/metrics.jsonl")):  # until the first step is done
+    # until the first step is done
+    while run.poll() is None and not list(directory.glob("*/metrics.jsonl")):
         for process, held in private_memory().items():
             most[process] = max(held, most.get(process, 0))
         time.sleep(0.05)

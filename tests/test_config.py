@@ -1,4 +1,4 @@
-"""config.py: what loads, what is derived, what is refused; the names of runs; saved configs."""
+"""config: what loads, what is derived, what is refused; the names of runs; saved configs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,17 @@ from tp_trainer.config import (
 from tp_trainer.config.identity import choices
 
 NUMBERS: dict[str, Any] = {
-    "_name_or_path": "tiny", "model_type": "qwen2", "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384,
-    "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
+    "_name_or_path": "tiny",
+    "model_type": "qwen2",
+    "vocab_size": 4096,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 
 
 def loaded(**dotted: Any) -> Config:
@@ -62,29 +69,46 @@ def test_plain_loads_to_the_same_config() -> None:
 
 def test_to_yaml_loads_to_the_same_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "swordfish")
-    config = loaded(optim__lr=1e-5, cluster__env={"TOKEN": "swordfish"}, data__text_column="1e-5", checkpoint__storage_path="s3://a/b")
+    words = {"data__source": "jsonl", "data__name": "x.jsonl", "data__text_column": "1e-5"}
+    words |= {"checkpoint__storage_path": "s3://a/b"}
+    config = loaded(optim__lr=1e-5, cluster__env={"TOKEN": "swordfish"}, **words)
     text = to_yaml(config)
     assert "swordfish" not in text
     values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     assert isinstance(values, dict)
-    assert values.pop("defaults")[:2] == ["schema", "_self_"] and values.pop("hydra")["output_subdir"] is None
+    assert (
+        values.pop("defaults")[:2] == ["schema", "_self_"]
+        and values.pop("hydra")["output_subdir"] is None
+    )
     again = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     assert isinstance(again, dict)
     assert load({str(key): value for key, value in again.items()}) == config
-    assert set(yaml.safe_load(text)) == {"defaults", "hydra", *(each.name for each in dataclasses.fields(Config))}  # complete
+    # complete
+    assert set(yaml.safe_load(text)) == {
+        "defaults",
+        "hydra",
+        *(each.name for each in dataclasses.fields(Config)),
+    }
 
 
 def test_errors_survive_pickling() -> None:
     error = ConfigError("optim.lr", -1.0, "must be at least 0")
-    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "optim.lr=-1.0: must be at least 0"
+    assert (
+        str(pickle.loads(pickle.dumps(error))) == str(error) == "optim.lr=-1.0: must be at least 0"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- derived
+# --------------------------------------------------------------------------------------------------
 
 
 def test_what_is_null_follows_from_other_keys(tmp_path: Path) -> None:
     config = loaded(parallelism__tp=4, model__recipe={"seq_length": 256, "lr": 0.5})
-    assert (config.cluster.num_workers, config.data.seq_length, config.optim.lr, config.model.weights) == (8, 256, 0.5, "random")
+    assert (
+        config.cluster.num_workers,
+        config.data.seq_length,
+        config.optim.lr,
+        config.model.weights,
+    ) == (8, 256, 0.5, "random")
     assert loaded(data__seq_length=64, model__recipe={"seq_length": 256}).data.seq_length == 64
     assert loaded().data.seq_length == 1024  # 2048, but the model has no more positions
     assert Path(config.run_dir).is_absolute()
@@ -92,9 +116,17 @@ def test_what_is_null_follows_from_other_keys(tmp_path: Path) -> None:
 
 def test_a_name_alone_replaces_the_groups_architecture(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**NUMBERS, "hidden_size": 64}))
-    config = loaded(model__name=str(tmp_path), model__recipe={"lr": 0.5}, model__overrides={"num_hidden_layers": 2})
-    assert config.model.architecture["hidden_size"] == 64 and config.model.architecture["num_hidden_layers"] == 2
-    assert config.model.weights == "pretrained" and config.optim.lr == 1e-5  # the group's recipe is not this model's
+    config = loaded(
+        model__name=str(tmp_path),
+        model__recipe={"lr": 0.5},
+        model__overrides={"num_hidden_layers": 2},
+    )
+    assert (
+        config.model.architecture["hidden_size"] == 64
+        and config.model.architecture["num_hidden_layers"] == 2
+    )
+    # the group's recipe is not this model's
+    assert config.model.weights == "pretrained" and config.optim.lr == 1e-5
     assert load(plain(config)) == config
 
 
@@ -104,47 +136,71 @@ NAME = derived_name(loaded())
 def test_the_derived_name_is_stable_and_readable() -> None:
     assert loaded().experiment_name == NAME
     assert NAME.startswith("tiny-embedded-tp2_dp2-")
-    config = loaded()
-    config.experiment_name = None
-    assert load(plain(config)).experiment_name == NAME  # what is resolved doesn't change it
+    values = {**plain(loaded()), "experiment_name": None}
+    assert load(values).experiment_name == NAME  # what is resolved doesn't change it
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"optim__lr": 1e-3}, {"seed": 1}, {"data__percentage": 50}, {"data__seq_length": 128}, {"parallelism__tp": 1},
-        {"parallelism__compile": True}, {"parallelism__float8": True},
-        {"train__micro_batch_size": 2}, {"train__global_batch_size": 16}, {"optim__betas": [0.9, 0.99]},
-        {"model__overrides": {"num_hidden_layers": 2}}, {"train__clip_grad_norm": None}, {"train__deterministic": True},
+        {"optim__lr": 1e-3},
+        {"seed": 1},
+        {"data__percentage": 50},
+        {"data__seq_length": 128},
+        {"parallelism__tp": 1},
+        {"parallelism__compile": True},
+        {"parallelism__float8": True},
+        {"train__micro_batch_size": 2},
+        {"train__global_batch_size": 16},
+        {"optim__betas": [0.9, 0.99]},
+        {"model__overrides": {"num_hidden_layers": 2}},
+        {"train__clip_grad_norm": None},
+        {"train__deterministic": True},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_derived_name_changes_with_what_shapes_the_numbers(change: dict[str, Any]) -> None:
     assert loaded(**change).experiment_name != NAME
 
 
 def test_a_choice_that_came_later_leaves_older_names_as_they_were() -> None:
-    assert "float8" not in choices(loaded())["parallelism"] and choices(loaded(parallelism__float8=True))["parallelism"]["float8"]
+    assert (
+        "float8" not in choices(loaded())["parallelism"]
+        and choices(loaded(parallelism__float8=True))["parallelism"]["float8"]
+    )
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"cluster__kind": "ray"}, {"cluster__env": {"A": "1"}}, {"cluster__device": "cpu"}, {"cluster__max_failures": 0},
-        {"parallelism__cuda_graphs": False}, {"parallelism__async_tp": False}, {"parallelism__reshard_after_forward": False},
+        {"cluster__kind": "ray"},
+        {"cluster__env": {"A": "1"}},
+        {"cluster__device": "cpu"},
+        {"cluster__max_failures": 0},
+        {"parallelism__cuda_graphs": False},
+        {"parallelism__async_tp": False},
+        {"parallelism__reshard_after_forward": False},
         {"parallelism__direct_fsdp": True},
-        {"checkpoint__storage_path": "/elsewhere"}, {"checkpoint__interval": 7}, {"checkpoint__keep_last": 9},
+        {"checkpoint__storage_path": "/elsewhere"},
+        {"checkpoint__interval": 7},
+        {"checkpoint__keep_last": 9},
         {"checkpoint__resume": "never"},
-        {"tracker__kind": "none"}, {"train__log_interval": 1}, {"train__eval_interval": 7}, {"train__num_epochs": 9},
-        {"train__max_steps": 9}, {"train__max_steps_per_epoch": 9}, {"train__profile": {"steps": 2}}, {"dry_run": True},
+        {"tracker__kind": "none"},
+        {"train__log_interval": 1},
+        {"train__eval_interval": 7},
+        {"train__num_epochs": 9},
+        {"train__max_steps": 9},
+        {"train__max_steps_per_epoch": 9},
+        {"train__profile": {"steps": 2}},
+        {"dry_run": True},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_derived_name_stays_whatever_the_place_and_the_length(change: dict[str, Any]) -> None:
     assert loaded(**change).experiment_name == NAME
 
 
-# ------------------------------------------------------------------------------------------------------------- refused
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -156,18 +212,62 @@ def test_the_derived_name_stays_whatever_the_place_and_the_length(change: dict[s
         ({"train__eval_interval": 0}, "train.eval_interval=0: must be at least 1"),
         ({"optim__min_lr_ratio": 2}, "optim.min_lr_ratio=2.0: must be at least 0 and at most 1"),
         ({"optim__betas": [0.9]}, "optim.betas=[0.9]: must be two numbers"),
-        ({"optim__schedule": "wsd", "optim__decay_steps": 9, "optim__warmup_steps": 2, "train__max_steps": 10}, "optim.decay_steps=9:"),
-        ({"parallelism__dp_replicate": 2, "parallelism__dp": 3}, "parallelism.dp_replicate=2: must divide parallelism.dp=3; allowed: 1, 3"),
-        ({"parallelism__cuda_graphs": True, "parallelism__compile": False}, "parallelism.cuda_graphs=true: needs parallelism.compile"),
-        ({"parallelism__async_tp": True, "parallelism__compile": False}, "parallelism.async_tp=true: needs parallelism.compile"),
-        ({"parallelism__async_tp": True, "parallelism__tp": 1}, "parallelism.async_tp=true: needs parallelism.tp above 1"),
-        ({"parallelism__cuda_graphs": True, "cluster__device": "cpu"}, "parallelism.cuda_graphs=true: needs GPUs"),
+        (
+            {
+                "optim__schedule": "wsd",
+                "optim__decay_steps": 9,
+                "optim__warmup_steps": 2,
+                "train__max_steps": 10,
+            },
+            "optim.decay_steps=9:",
+        ),
+        (
+            {"parallelism__dp_replicate": 2, "parallelism__dp": 3},
+            "parallelism.dp_replicate=2: must divide parallelism.dp=3; allowed: 1, 3",
+        ),
+        (
+            {"parallelism__cuda_graphs": True, "parallelism__compile": False},
+            "parallelism.cuda_graphs=true: needs parallelism.compile",
+        ),
+        (
+            {"parallelism__async_tp": True, "parallelism__compile": False},
+            "parallelism.async_tp=true: needs parallelism.compile",
+        ),
+        (
+            {"parallelism__async_tp": True, "parallelism__tp": 1},
+            "parallelism.async_tp=true: needs parallelism.tp above 1",
+        ),
+        (
+            {"parallelism__direct_fsdp": True, "parallelism__dp": 1},
+            "parallelism.direct_fsdp=true: needs parallelism.dp above 1",
+        ),
+        (
+            {"parallelism__direct_fsdp": True, "cluster__device": "cpu"},
+            "parallelism.direct_fsdp=true: needs GPUs",
+        ),
+        (
+            {"parallelism__compute_copies": True},
+            "parallelism.compute_copies=true: needs parallelism.dp=1, not 2",
+        ),
+        (
+            {"parallelism__cuda_graphs": True, "cluster__device": "cpu"},
+            "parallelism.cuda_graphs=true: needs GPUs",
+        ),
         ({"parallelism__tp": 16}, "degrees that do: 1, 2, 4, 8"),
-        ({"model__overrides": {"num_attention_heads": 12, "hidden_size": 96}, "parallelism__tp": 8}, "12 heads"),
+        (
+            {
+                "model__overrides": {"num_attention_heads": 12, "hidden_size": 96},
+                "parallelism__tp": 8,
+            },
+            "12 heads",
+        ),
         ({"model__overrides": {"num_experts": 8}}, "mixture of 8 experts"),
         ({"model__overrides": {"hidden_size": "big"}}, "hidden_size is 'big', not a whole number"),
         ({"model__architecture": {}}, "model.name: nothing names a model"),
-        ({"cluster__address": "host:1"}, "cluster.address=host:1: only cluster=ray takes an address"),
+        (
+            {"cluster__address": "host:1"},
+            "cluster.address=host:1: only cluster=ray takes an address",
+        ),
         ({"data__source": "hub"}, "data.name: is missing: data.source=hub needs a hub id"),
         ({"data__source": "json"}, "did you mean jsonl?"),
         ({"experiment_name": "../up"}, "experiment_name=../up: must be one directory name"),
@@ -200,13 +300,26 @@ def test_global_batch(total: int, micro: int, dp: int, says: str | None) -> None
 
 
 def test_degrees_of_real_models() -> None:
-    qwen2_7b = {**NUMBERS, "vocab_size": 152064, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+    qwen2_7b = {
+        **NUMBERS,
+        "vocab_size": 152064,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
     assert Architecture.of(qwen2_7b, "it").tp_degrees() == [1, 2, 4]
 
 
 def test_known_keys_are_all_leaves() -> None:
     keys = known_keys()
-    assert {"seed", "optim.betas", "model.architecture", "model.recipe.lr", "train.profile.steps", "cluster.env"} <= set(keys)
+    assert {
+        "seed",
+        "optim.betas",
+        "model.architecture",
+        "model.recipe.lr",
+        "train.profile.steps",
+        "cluster.env",
+    } <= set(keys)
     assert not {"model", "train.profile"} & set(keys)
 
 
@@ -228,12 +341,23 @@ def test_the_nearest_key(typed: str, meant: str) -> None:
 
 
 def test_fewer_layers_than_a_saved_config_lists(tmp_path: Path) -> None:
-    """transformers 5 writes a type for each layer; with another number of layers that list would be wrong."""
+    """transformers 5 writes a type for each layer: those of the layers that stay, and of a deeper
+    model it derives them.
+    """
     saved = {**NUMBERS, "layer_types": ["full_attention"] * NUMBERS["num_hidden_layers"]}
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert load({"model": {"name": str(tmp_path)}}).model.architecture["layer_types"] == saved["layer_types"]
-    shrunk = load({"model": {"name": str(tmp_path), "overrides": {"num_hidden_layers": 1}}}).model.architecture
-    assert shrunk["num_hidden_layers"] == 1 and "layer_types" not in shrunk
+    assert (
+        load({"model": {"name": str(tmp_path)}}).model.architecture["layer_types"]
+        == saved["layer_types"]
+    )
+    shrunk = load(
+        {"model": {"name": str(tmp_path), "overrides": {"num_hidden_layers": 1}}}
+    ).model.architecture
+    assert shrunk["num_hidden_layers"] == 1 and shrunk["layer_types"] == ["full_attention"]
+    deeper = load(
+        {"model": {"name": str(tmp_path), "overrides": {"num_hidden_layers": 9}}}
+    ).model.architecture
+    assert deeper["num_hidden_layers"] == 9 and "layer_types" not in deeper
 
 
 @pytest.mark.parametrize(
@@ -247,20 +371,33 @@ def test_fewer_layers_than_a_saved_config_lists(tmp_path: Path) -> None:
     ],
 )
 def test_degrees(heads: int, kv_heads: int, inner: int, degrees: list[int]) -> None:
-    """Heads and intermediate size divided; key/value heads divided or replicated; any vocabulary."""
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": inner, "vocab_size": 509}
+    """Heads and intermediate size divided; key/value heads also replicated; any vocabulary."""
+    sizes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": inner,
+        "vocab_size": 509,
+    }
     assert Architecture.of({**NUMBERS, **sizes}, "it").tp_degrees() == degrees
 
 
-def test_key_norms_over_all_heads_forbid_replication() -> None:
-    sizes = {"model_type": "olmo2", "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 384}
-    assert Architecture.of({**NUMBERS, **sizes}, "it").tp_degrees() == [1, 2]
-
-
-@pytest.mark.parametrize(("allowed", "refused"), [([], True), (["data"], False), (["data.name"], False), (["optim"], True)])
+@pytest.mark.parametrize(
+    ("allowed", "refused"),
+    [([], True), (["data"], False), (["data.name"], False), (["optim"], True)],
+)
 def test_other_tokens_under_the_same_name(allowed: list[str], refused: bool) -> None:
-    config = load({"experiment_name": "x", "model": {"architecture": NUMBERS}, "checkpoint": {"allow_mismatch": allowed}})
+    config = load(
+        {
+            "experiment_name": "x",
+            "model": {"architecture": NUMBERS},
+            "checkpoint": {"allow_mismatch": allowed},
+        }
+    )
     check_same_tokens(config, "a", "a", "there")
     check_same_tokens(config, "a", None, "there")
-    with pytest.raises(ConfigError, match="other tokens than there was trained on") if refused else nullcontext():
+    with (
+        pytest.raises(ConfigError, match="other tokens than there was trained on")
+        if refused
+        else nullcontext()
+    ):
         check_same_tokens(config, "a", "b", "there")

@@ -1,4 +1,6 @@
-"""job.yaml, read by Anyscale's own reader, offline, and what that doesn't look at: GPUs against workers, paths, retries."""
+"""job.yaml, read by Anyscale's own reader, offline, and what that doesn't look at: GPUs against
+workers, paths, retries.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,18 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
-from tp_trainer.config import Config, load
+from tp_trainer.config import Config, Settings, load
 
 models = pytest.importorskip("anyscale.job.models", reason="pip install -e '.[test]'")
 
 ROOT = Path(__file__).resolve().parent.parent
-GPUS = {"p4d.24xlarge": 8, "p4de.24xlarge": 8, "p5.48xlarge": 8, "p5e.48xlarge": 8, "p5en.48xlarge": 8}
+GPUS = {
+    "p4d.24xlarge": 8,
+    "p4de.24xlarge": 8,
+    "p5.48xlarge": 8,
+    "p5e.48xlarge": 8,
+    "p5en.48xlarge": 8,
+}
 """Instance type -> its GPUs, from AWS's own tables."""
 
 
@@ -32,11 +40,14 @@ def job() -> Any:
 @pytest.fixture
 def config(job: Any, monkeypatch: pytest.MonkeyPatch) -> Config:
     """What the entrypoint composes to on the cluster."""
-    for key, value in {"ANYSCALE_ARTIFACT_STORAGE": "s3://bucket/org/cloud/artifacts", **job.env_vars}.items():
+    for key, value in {
+        "ANYSCALE_ARTIFACT_STORAGE": "s3://bucket/org/cloud/artifacts",
+        **job.env_vars,
+    }.items():
         monkeypatch.setenv(key, value)
     python, script, *overrides = shlex.split(job.entrypoint)
     assert (python, script) == ("python", "launch.py")
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=Settings)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         values = OmegaConf.to_container(compose("config", overrides), resolve=True)
     assert isinstance(values, dict)
@@ -44,15 +55,22 @@ def config(job: Any, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 def dependencies() -> list[Requirement]:
-    return [Requirement(line) for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]]
+    return [
+        Requirement(line)
+        for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    ]
 
 
 def test_worker_gpus_are_the_world(job: Any, config: Config) -> None:
     groups = job.compute_config.worker_nodes
     world, tp = config.parallelism.world_size, config.parallelism.tp
     assert sum(GPUS[group.instance_type] * group.min_nodes for group in groups) == world
-    assert sum(GPUS[group.instance_type] * group.max_nodes for group in groups) == world, "the rest would be paid for and idle"
-    assert all(GPUS[group.instance_type] % tp == 0 for group in groups), "a tp group stays within a node"
+    assert sum(GPUS[group.instance_type] * group.max_nodes for group in groups) == world, (
+        "the rest would be paid for and idle"
+    )
+    assert all(GPUS[group.instance_type] % tp == 0 for group in groups), (
+        "a tp group stays within a node"
+    )
     assert job.compute_config.head_node.instance_type not in GPUS
 
 
@@ -80,9 +98,15 @@ def test_image_and_requirements_are_what_the_package_needs(job: Any) -> None:
 
 
 def test_the_image_is_one_that_anyscale_lists(job: Any) -> None:
-    enum = pytest.importorskip("anyscale.client.openapi_client.models.supportedbaseimagesenum").SUPPORTEDBASEIMAGESENUM
+    enum = pytest.importorskip(
+        "anyscale.client.openapi_client.models.supportedbaseimagesenum"
+    ).SUPPORTEDBASEIMAGESENUM
     assert job.image_uri in enum.allowable_values
 
 
 def test_no_secret_in_the_file(job: Any) -> None:
-    assert not [key for key in job.env_vars if re.search("TOKEN|KEY|SECRET|PASSWORD", key) and key != "TOKENIZERS_PARALLELISM"]
+    assert not [
+        key
+        for key in job.env_vars
+        if re.search("TOKEN|KEY|SECRET|PASSWORD", key) and key != "TOKENIZERS_PARALLELISM"
+    ]

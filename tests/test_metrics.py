@@ -11,7 +11,14 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tp_trainer.config import Architecture
-from tp_trainer.metrics import PEAK_FLOPS, flops_per_token, mfu, optimal_interval, peak_flops, peak_memory_gib
+from tp_trainer.metrics import (
+    PEAK_FLOPS,
+    flops_per_token,
+    mfu,
+    optimal_interval,
+    peak_flops,
+    peak_memory_gib,
+)
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
 
@@ -24,7 +31,10 @@ def fields_of(group: str) -> dict[str, Any]:
 
 def meta_model(fields: dict[str, Any]) -> Any:
     with torch.device("meta"):
-        config = AutoConfig.for_model(fields["model_type"], **{key: value for key, value in fields.items() if key != "model_type"})
+        config = AutoConfig.for_model(
+            fields["model_type"],
+            **{key: value for key, value in fields.items() if key != "model_type"},
+        )
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     return model
@@ -32,12 +42,21 @@ def meta_model(fields: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("group", ["llama3_8b", "qwen2_7b", "qwen3_0_6b", "smollm2_135m"])
 def test_flops_per_token(group: str) -> None:
-    """6 for each weight that a token is multiplied with; attention: 2 products of seq x head_dim a head, forward and twice backward."""
+    """6 for each weight that a token is multiplied with; attention: 2 products of seq x head_dim a
+    head, forward and twice backward.
+    """
     fields, seq = fields_of(group), 4096
     model = meta_model(fields)
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-    queries = sum(module.q_proj.out_features for module in model.modules() if hasattr(module, "q_proj"))
-    assert flops_per_token(Architecture.of(fields, "test"), seq) == 6 * weights + 2 * 2 * 3 * seq * queries
+    weights = sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)
+    )
+    queries = sum(
+        module.q_proj.out_features for module in model.modules() if hasattr(module, "q_proj")
+    )
+    assert (
+        flops_per_token(weights, Architecture.of(fields, "test"), seq)
+        == 6 * weights + 2 * 2 * 3 * seq * queries
+    )
 
 
 def test_llama_3_8b_is_what_meta_published() -> None:
@@ -47,16 +66,28 @@ def test_llama_3_8b_is_what_meta_published() -> None:
     embedding, norms = 128_256 * 4096, 65 * 4096
     expected = 6 * (parameters - embedding - norms) + 12 * 32 * 4096 * 8192
     numbers = Architecture.of(fields_of("llama3_8b"), "test")
-    assert flops_per_token(numbers, 8192) == expected
-    assert flops_per_token(numbers, 8192, causal=True) == expected - 6 * 32 * 4096 * 8192
-    assert mfu(10_000, numbers, 8192, 989e12) == pytest.approx(10_000 * expected / 989e12) and mfu(10_000, numbers, 8192, None) is None
+    weights = parameters - embedding - norms
+    flops = flops_per_token(weights, numbers, 8192)
+    causal = flops_per_token(weights, numbers, 8192, causal=True)
+    assert (flops, causal) == (expected, expected - 6 * 32 * 4096 * 8192)
+    assert (
+        mfu(10_000, flops, 989e12) == pytest.approx(10_000 * expected / 989e12)
+        and mfu(10_000, flops, None) is None
+    )
 
 
 def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {
-        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
-        "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12, "NVIDIA A10G": 70e12, "NVIDIA B200": 2250e12, "Tesla T4": None,
-    }  # fmt: skip
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA A10G": 70e12,
+        "NVIDIA B200": 2250e12,
+        "Tesla T4": None,
+    }
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_flops(torch.device("cuda")) == peak, name
@@ -69,7 +100,9 @@ def test_memory_on_cpu_is_this_process() -> None:
 
 
 def test_the_optimal_interval_loses_the_least() -> None:
-    """Pauses and the half interval that a failure costs on average, in a year: Young's interval against others."""
+    """Pauses and the half interval that a failure costs on average, in a year: Young's interval
+    against others.
+    """
     pause, between = 0.8, 24 * 3600.0
 
     def lost(interval: float) -> float:

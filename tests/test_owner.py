@@ -22,7 +22,9 @@ from tp_trainer.config import ConfigError
 
 
 @pytest.fixture(params=["local", "url"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
     monkeypatch.setattr(module, "SETTLE", 0.1)
     made = Store(str(tmp_path / "run") if request.param == "local" else "memory://owners/run")
     yield made
@@ -60,7 +62,10 @@ def test_a_claim_and_its_release(store: Store) -> None:
     began = time.monotonic()
     said = refused(store)
     assert time.monotonic() - began < 5
-    assert said.startswith(f"experiment_name=a: is being trained by process {os.getpid()} on {socket.gethostname()}, since 2")
+    assert said.startswith(
+        f"experiment_name=a: is being trained by process {os.getpid()} on {socket.gethostname()},"
+        " since 2"
+    )
     first.release()
     second = Owner(store, "second")
     second.claim("experiment_name", "a")
@@ -74,7 +79,8 @@ def test_a_killed_owner_is_followed(store: Store) -> None:
     left(store, pid=child.pid, started=module._started(child.pid))
     refused(store)
     child.kill()
-    while module._started(child.pid) is not None:  # from now on a zombie: its parent, this process, hasn't asked for it
+    # from now on a zombie: its parent, this process, hasn't asked for it
+    while module._started(child.pid) is not None:
         time.sleep(0.01)
     assert f"process {child.pid}" in taken_over(store)
     child.wait()
@@ -108,7 +114,9 @@ def test_another_machine_whose_clock_is_slow(store: Store, monkeypatch: pytest.M
     assert "process 1 on far" in refused(store)
 
 
-def test_an_owner_that_lost_its_directory_learns_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_that_lost_its_directory_learns_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "BEAT", 0.05)
     mine = Owner(store, "mine")
     mine.claim("experiment_name", "a")
@@ -144,19 +152,27 @@ def _claim(root: str, launch: str, barrier: Any, answers: Any) -> None:
         answers.put((launch, False))
 
 
-@pytest.mark.parametrize("dead", [{"started": "1"}, {"machine": "another", "heartbeat": 1000}], ids=["here", "elsewhere"])
+@pytest.mark.parametrize(
+    "dead", [{"started": "1"}, {"machine": "another", "heartbeat": 1000}], ids=["here", "elsewhere"]
+)
 def test_of_many_that_take_over_at_once_one_wins(dead: dict[str, Any], tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     for attempt in range(2):
         store = Store(str(tmp_path / str(attempt)))
         left(store, **dead)
         barrier, answers = context.Barrier(8), context.Queue()
-        takers = [context.Process(target=_claim, args=(store.run_dir, f"t{number}", barrier, answers)) for number in range(8)]
+        takers = [
+            context.Process(target=_claim, args=(store.run_dir, f"t{number}", barrier, answers))
+            for number in range(8)
+        ]
         for each in takers:
             each.start()
         seen = dict(answers.get(timeout=60) for _ in takers)
         winner = [launch for launch, won in seen.items() if won]
-        assert len(winner) == 1 and json.loads((tmp_path / str(attempt) / OWNER).read_text())["launch"] == winner[0]
+        assert (
+            len(winner) == 1
+            and json.loads((tmp_path / str(attempt) / OWNER).read_text())["launch"] == winner[0]
+        )
         for each in takers:
             each.kill()
             each.join()

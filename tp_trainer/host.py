@@ -15,12 +15,20 @@ def gpus_here() -> int:
         return len([each for each in visible.split(",") if each.strip() not in ("", "-1")])
     if shutil.which("nvidia-smi") is None:
         return 0
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines()) if listing.returncode == 0 else 0
+    listing = subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False
+    )
+    return (
+        sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+        if listing.returncode == 0
+        else 0
+    )
 
 
 def free_host_memory() -> int | None:
-    """Bytes that could still be allocated here, swap left out: the machine's or, if less, the container's. None if neither says."""
+    """Bytes that could still be allocated here, swap left out: the machine's or, if less, the
+    container's. None if neither says.
+    """
     known = []
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -30,7 +38,8 @@ def free_host_memory() -> int | None:
     try:
         group = Path("/sys/fs/cgroup")
         pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(pages["inactive_file"])  # page cache can go
+        # page cache can go
+        used = int((group / "memory.current").read_text()) - int(pages["inactive_file"])
         known.append(int((group / "memory.max").read_text()) - used)  # `max` is no number: no limit
     except (OSError, KeyError, ValueError):
         pass

@@ -24,20 +24,24 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(architecture: Architecture, seq_length: int, causal: bool = False) -> float:
+def flops_per_token(
+    weights: int, architecture: Architecture, seq_length: int, causal: bool = False
+) -> float:
     """FLOPs of forward and backward pass for one token, recomputation not counted.
 
-    6 per parameter outside the embedding table (Kaplan et al. 2020, arXiv:2001.08361) and 12 L H S for attention,
-    causality not subtracted (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix B; as torchtitan counts).
+    6 per weight that a token is multiplied with (Kaplan et al. 2020, arXiv:2001.08361) and 12 L H S
+    for attention, causality not subtracted (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, appendix
+    B; as torchtitan counts).
 
     Args:
-        causal: count the half of attention's products that the mask lets through, 6 L H S (FlashAttention-2, Dao 2023,
-            arXiv:2307.08691, section 4.1).
+        weights: of all linears, the head's included (`ParallelModel.matmul_weights`).
+        architecture: for attention's sizes.
+        causal: count the half of attention's matmuls that the mask lets through, 6 L H S
+            (FlashAttention-2, Dao 2023, arXiv:2307.08691, section 4.1).
     """
     a = architecture
-    tables = 0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size  # the head multiplies, the embedding looks up
-    attention = (6 if causal else 12) * a.num_hidden_layers * a.num_attention_heads * a.head_dim * seq_length
-    return 6 * (a.num_parameters - tables) + attention
+    width = a.num_hidden_layers * a.num_attention_heads * a.head_dim
+    return 6 * weights + (6 if causal else 12) * width * seq_length
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -50,13 +54,21 @@ def peak_of(name: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name.replace("-", " ")), None)
 
 
-def mfu(tokens_per_second: float, architecture: Architecture, seq_length: int, peak: float | None, causal: bool = False) -> float | None:
-    """Model FLOPs utilisation of one device, in [0, 1]: the FLOPs of its tokens over `peak`; None where that isn't known."""
-    return tokens_per_second * flops_per_token(architecture, seq_length, causal) / peak if peak else None
+def mfu(tokens_per_second: float, flops: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation of one device, in [0, 1].
+
+    Args:
+        tokens_per_second: of this device.
+        flops: of a token, see `flops_per_token`.
+        peak: FLOP/s; where it isn't known, neither is the utilisation.
+    """
+    return tokens_per_second * flops / peak if peak else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """GiB: the most that the allocator has reserved on a GPU, or the most that this process has held on CPU."""
+    """GiB: the most that the allocator has reserved on a GPU, or the most that this process has
+    held on CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
@@ -64,12 +76,15 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def optimal_interval(pauses: Sequence[float], mean_time_between_failures: float) -> float:
-    """Seconds from one checkpoint to the next that lose the least to pauses and to steps done again.
+    """Seconds from one checkpoint to the next that lose the least to pauses and to steps done
+    again.
 
-    sqrt(2 C M), with C the pause of a save and M the mean time between failures (Young 1974, "A first order approximation
-    to the optimum checkpoint interval"; Daly 2006 gives corrections, which matter where C is no longer small beside M).
+    sqrt(2 C M), with C the pause of a save and M the mean time between failures (Young 1974, "A
+    first order approximation to the optimum checkpoint interval"; Daly 2006 gives corrections,
+    which matter where C is no longer small beside M).
 
     Args:
-        pauses: seconds of each save so far; the median counts, and of more than one not the first, which plans as well.
+        pauses: seconds of each save so far; the median counts, and of more than one not the first,
+            which plans as well.
     """
     return math.sqrt(2 * statistics.median(pauses[1:] or pauses) * mean_time_between_failures)

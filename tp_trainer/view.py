@@ -1,13 +1,16 @@
-"""What a person sees on the driver: a live bar on a terminal, plain lines anywhere else, and the closing block."""
+"""What a person sees on the driver while a run goes on: a live bar on a terminal, plain lines
+anywhere else.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import textwrap
 import time
-from collections import deque
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -16,62 +19,90 @@ from rich.table import Table
 from rich.text import Text
 
 from tp_trainer.config import Config
-
-Row = Mapping[str, Any]
+from tp_trainer.messages import DataFound, Evaluated, FastPath, StepDone, StepLogged, StepSkipped
 
 
 class View:
-    """The run's progress. `start`, then `update` for each row that rank 0 sends, then `close` (also after an error).
-
-    Rows are those of metrics.jsonl (`mfu` is a fraction), evaluations (`step validation_loss`), notices
-    (`{"event": text}`) and bare steps (`{"step": n}`), which move the bar between logged rows.
+    """The run's progress. `start`, then `update` for each step that rank 0 tells of, then `close`
+    (also after an error).
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
         self.total = 0
         self.step = 0
-        self.row: dict[str, Any] = {}
+        self.logged: StepLogged | None = None  # the last one
         self.validation_loss: float | None = None
-        self.marks: deque[tuple[float, int]] = deque(maxlen=50)  # (seconds, step) of the last updates: the pace
+        # (seconds, step) of the last updates: the pace
+        self.marks: deque[tuple[float, int]] = deque(maxlen=50)
         self.live: Live | None = None
 
     def start(self, total_steps: int, config: Config, world: int, device: str) -> None:
-        """Say what begins and put up the bar. Called again after a restart, it only takes the new total."""
+        """Say what begins and put up the bar. Called again after a restart, it only takes the new
+        total.
+        """
         again, self.total = self.total > 0, total_steps
         if again:
             self.marks.clear()  # the pace begins anew
             return
         layout = f"dp={config.parallelism.dp} x tp={config.parallelism.tp}"
-        self._line(f"{config.experiment_name}: {total_steps:,} steps on {world} {device} workers ({layout})")
+        self.say(
+            f"{config.experiment_name}: {total_steps:,} steps on {world} {device} workers"
+            f" ({layout})"
+        )
         if self.console.is_terminal:
             self.live = Live(self, console=self.console, refresh_per_second=4)
             self.live.start()
 
-    def update(self, row: Row) -> None:
-        """Take one row."""
-        if "event" in row:
-            self._line(str(row["event"]))
-            return
-        self._mark(int(row["step"]))
-        if "validation_loss" in row:
-            self.validation_loss = row["validation_loss"]
-            self._line(f"{self._position()} | validation loss {_loss(self.validation_loss)}")
-        elif "skipped_steps" in row:
-            self._line(f"step {row['step']} skipped: its loss or gradient norm is no number, or a spike ({row['skipped_steps']} so far)")
-        elif "loss" in row:
-            self.row = dict(row)
+    def update(self, news: StepDone | StepLogged | StepSkipped | Evaluated) -> None:
+        """Take what a step came to; one that is only done moves the bar."""
+        self._mark(news.step)
+        if isinstance(news, Evaluated):
+            self.validation_loss = news.validation_loss
+            self.say(f"{self._position()} | validation loss {_loss(self.validation_loss)}")
+        elif isinstance(news, StepSkipped):
+            self.say(
+                f"step {news.step} skipped: its loss or gradient norm is no number, or a spike"
+                f" ({news.skipped_steps} so far)"
+            )
+        elif isinstance(news, StepLogged):
+            self.logged = news
             if self.live is None:
-                self._line(" | ".join([self._position(), *self._figures(), *self._left()]))
+                self.say(" | ".join([self._position(), *self._figures(news), *self._left()]))
 
     def close(self) -> None:
         """Take the bar down; its last state stays on the screen."""
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
+        live, self.live = self.live, None
+        if live is not None:
+            with self._if_there():
+                live.stop()
+
+    def say(self, text: str) -> None:
+        """Print lines as they are, above the bar where there is one: no markup, and no wrapping in
+        plain output.
+        """
+        with self._if_there():
+            if self.live is not None:
+                self.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, file=self.console.file, flush=True)
+
+    @contextmanager
+    def _if_there(self) -> Iterator[None]:
+        """A screen may be gone (a pipe whose reader has ended, a closed terminal): a run goes on
+        without one."""
+        try:
+            yield
+        except OSError:
+            # what it still holds must go somewhere at the end of the program
+            if self.console.file is sys.stdout:
+                with suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The bar as it stands now: one line of progress, and the figures below it on as many as they need."""
+        """The bar as it stands now: one line of progress, and the figures below it on as many as
+        they need.
+        """
         head = Table.grid(padding=(0, 1), expand=True)
         head.add_column(no_wrap=True)
         head.add_column(ratio=1)
@@ -80,12 +111,14 @@ class View:
         done = ", ".join([f"{self.step / max(self.total, 1):.0%}", *self._left()])
         head.add_row(Text(self._position(), style="bold"), bar, Text(done))
         yield head
-        figures = self._figures() if self.row else ["no step logged yet"]
-        if self.row and self.validation_loss is not None:
+        figures = self._figures(self.logged) if self.logged else ["no step logged yet"]
+        if self.logged and self.validation_loss is not None:
             figures.insert(1, f"validation {_loss(self.validation_loss)}")
         # textwrap breaks no line at a no-break space: a figure and its unit stay together
         text = "   ".join(figure.replace(" ", "\u00a0") for figure in figures)
-        yield Text("\n".join(textwrap.wrap(text, options.max_width, break_on_hyphens=False)), style="cyan")
+        yield Text(
+            "\n".join(textwrap.wrap(text, options.max_width, break_on_hyphens=False)), style="cyan"
+        )
 
     def _mark(self, step: int) -> None:
         if step < self.step:  # a restart went back to its checkpoint: the pace begins anew
@@ -97,21 +130,22 @@ class View:
     def _position(self) -> str:
         return f"step {self.step}/{self.total}"
 
-    def _figures(self) -> list[str]:
-        """The last logged row, as one would read it out; what isn't known is left out."""
-        row, figures = self.row, [f"loss {_loss(self.row.get('loss'))}"]
+    def _figures(self, logged: StepLogged) -> list[str]:
+        """A logged step, as one would read it out; what isn't known is left out."""
         formats = {
             "grad_norm": "grad norm {:.3f}",
             "lr": "lr {:.2e}",
             "tokens_per_second": "{:,.0f} tokens/s",
             "tokens_per_second_per_worker": "{:,.0f} tokens/s/worker",
             "memory_gib": "{:.2f} GiB",
+            "mfu": "MFU {:.1%}",
         }
-        if row.get("mfu") is not None:
-            formats = {**formats, "mfu": "MFU {:.1%}"}
-        if self.live is not None:  # on the bar, only what one looks up for: metrics.jsonl has the rest
+        # on the bar, only what one looks up for: metrics.jsonl has the rest
+        if self.live is not None:
             del formats["grad_norm"], formats["lr"]
-        return figures + [form.format(row[key]) for key, form in formats.items() if row.get(key) is not None]
+        values = {key: getattr(logged, key) for key in formats}
+        known = [formats[key].format(each) for key, each in values.items() if each is not None]
+        return [f"loss {_loss(logged.loss)}", *known]
 
     def _left(self) -> list[str]:
         """The time left at the pace of the last updates, or nothing while there is no pace."""
@@ -119,67 +153,59 @@ class View:
             return []
         (then, first), (now, last) = self.marks[0], self.marks[-1]
         pace = (now - then) / (last - first)
-        return [f"{_duration(max(0.0, pace * (self.total - self.step) - (time.monotonic() - now)))} left"]
-
-    def _line(self, text: str) -> None:
-        """One line, above the bar where there is one. Text is printed as it is: no markup, no wrapping in plain output."""
-        if self.live is not None:
-            self.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=self.console.file, flush=True)
+        return [
+            f"{duration(max(0.0, pace * (self.total - self.step) - (time.monotonic() - now)))} left"
+        ]
 
 
-def summary_lines(summary: Mapping[str, Any]) -> str:
-    """The block that closes a run, from the contents of summary.json (and `run_dir`, `random_data`, `tracker` where given)."""
-    get = summary.get
-    rows: list[tuple[str, str]] = []
-
-    def add(name: str, value: Any, form: str = "{}") -> None:
-        if value is not None:
-            rows.append((name, form.format(value)))
-
-    add("steps", get("steps"), "{:,}")
-    add("tokens", get("tokens"), "{:,}")
-    if get("random_data"):
-        rows.append(("data", "random tokens: benchmark only"))
-    add("loss", get("loss"), "{:.4f}")
-    validation, unigram = get("validation_loss"), get("unigram_loss")
-    add("validation loss", validation, "{:.4f}")
-    add("unigram model", unigram, "{:.4f}")
-    if validation is not None and unigram is not None:
-        gap = unigram - validation
-        rows[-1] = ("unigram model", f"{unigram:.4f} on the same text: the model is {abs(gap):.4f} {'below' if gap >= 0 else 'ABOVE'} it")
-    wall, startup = get("wall_seconds"), get("startup_seconds")
-    if wall is not None:
-        rows.append(("time", _duration(wall) + (f", {_duration(startup)} of it start-up" if startup is not None else "")))
-    add("tokens/s", get("tokens_per_second"), "{:,.0f}")
-    if get("world") is not None:
-        mesh = get("mesh")
-        named = ", ".join(f"{key}={value}" for key, value in mesh.items()) if isinstance(mesh, Mapping) else mesh
-        rows.append(("workers", f"{get('world')}" + (f" ({named})" if named else "")))
-    if get("restarts"):
-        found, again = sum(get("detection_seconds") or []), sum(get("restart_seconds") or [])
-        rows.append(("restarts", f"{get('restarts')}: {get('steps_lost', 0)} steps lost, noticed within {_duration(found)}, "
-                                 f"training again {_duration(again)} later (sums); goodput {get('goodput') or 0:.0%}"))  # fmt: skip
-    else:
-        add("restarts", get("restarts"))
-    add("resumed from", get("resumed_from"), "step {}")
-    if get("skipped_checkpoints"):
-        rows.append(("skipped", _listed(get("skipped_checkpoints"))))
-    run_dir = get("run_dir")
-    add("run directory", run_dir)
-    add("checkpoint", get("checkpoint"))
-    if run_dir is not None:
-        base = str(run_dir).rstrip("/")
-        rows += [("metrics", f"{base}/metrics.jsonl"), ("config", f"{base}/config.yaml")]
-        if get("tracker") == "tensorboard" or (get("tracker") is None and Path(base, "tensorboard").is_dir()):
-            rows.append(("tensorboard", f"tensorboard --logdir {base}/tensorboard"))
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join([str(get("status", "done")), *(f"  {name:<{width}}  {value}" for name, value in rows)])
+def path_line(paths: Mapping[str, FastPath]) -> str:
+    """Which fast paths are taken, and why others aren't."""
+    on = ", ".join(name for name, path in paths.items() if path.on) or "none"
+    reasons: dict[str, list[str]] = {}
+    for name, path in paths.items():
+        if not path.on:
+            reasons.setdefault(path.why, []).append(name)
+    off = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+    return f"fast paths: {on}{f'; off: {off}' if off else ''}"
 
 
-def _listed(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def data_lines(data: DataFound) -> list[str]:
+    """What was found of the data, in a line, and what became of it, in another."""
+    if "train" not in data:
+        return ["data: random tokens, for benchmarks only"]
+    parts = [("train", data["train"]), ("validation", data["validation"])]
+    skipped = sum(part["documents_skipped"] for _, part in parts)
+    kinds = Counter[str]()
+    for _, part in parts:
+        kinds.update(part["skipped"])
+    first = [where for _, part in parts for where in part["first_skipped"]][:3]
+    line = f"data: {source_line(data)}"
+    if skipped:
+        why = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        line += f"; skipped {skipped:,} ({why}): {_first(first, skipped)}"
+    if ignored := data["files_ignored"]:
+        line += f"; ignored {ignored:,}: {_first(data['first_ignored'], ignored)}"
+    amounts = [
+        f"{name} {_number(part['documents'], 'document')}, {part['tokens']:,} tokens, "
+        f"{_number(part['rows'], 'row')} ({part['tokens_dropped']:,} tokens left over at the end)"
+        for name, part in parts
+    ]
+    return [line, f"tokenizer {data['tokenizer']}: {'; '.join(amounts)}"]
+
+
+def source_line(data: DataFound) -> str:
+    """The source, its name, and how many files it has."""
+    files, revision = data["files"], f" at {data['revision']}" if data["revision"] else ""
+    amount = f", {_number(files, 'file')}" if files else ""
+    return f"{data['source']} {data['name'] or 'Moby-Dick'}{revision}{amount}"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _first(names: Sequence[str], count: int) -> str:
+    return ", ".join(names) + (", ..." if count > len(names) else "")
 
 
 def _loss(value: float | None) -> str:
@@ -187,7 +213,7 @@ def _loss(value: float | None) -> str:
     return "nan" if value is None else f"{value:.4f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """As on a clock: 42 s, 3:05 min, 2:03:05 h."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

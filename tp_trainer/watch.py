@@ -1,7 +1,8 @@
-"""A worker's watch over itself: SIGTERM as a wish to leave, and an alarm that ends a rank that hangs, its stacks written.
+"""A worker's watch over itself: SIGTERM as a wish to leave, and an alarm that ends a rank that
+hangs, its stacks written.
 
-Both work while the training thread is stuck in a collective: the alarm's two timers belong to a C thread (the stacks)
-and to the kernel (the end), neither of which needs the interpreter.
+Both work while the training thread is stuck in a collective: the alarm's two timers belong to a C
+thread (the stacks) and to the kernel (the end), neither of which needs the interpreter.
 """
 
 from __future__ import annotations
@@ -13,12 +14,20 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
-START = 4  # how many times longer a rank may be silent until its first step is done, and in its first evaluation: compilers run then
-GRACE = 5.0  # seconds from the stacks to the end: the stacks of slower ranks must be written before their peers are gone
+from tp_trainer.config import Stage
+
+# how many times longer a rank may be silent until its first step is done, and in its first
+# evaluation: compilers run then
+START = 4
+# seconds from the stacks to the end: the stacks of slower ranks must be written before their peers
+# are gone
+GRACE = 5.0
 
 _told_to_leave = threading.Event()
+# how far this process's training has come
+_came: list[Literal["building", "first step", "training"]] = ["building"]
 
 
 def hear_sigterm() -> None:
@@ -35,6 +44,18 @@ def hear_sigterm() -> None:
 
 def told_to_leave() -> bool:
     return _told_to_leave.is_set()
+
+
+def came_to(stage: Literal["building", "first step", "training"]) -> None:
+    """Note how far this process has come, for what becomes of an error (`config.permanent`)."""
+    _came[0] = stage
+
+
+def stage(again: bool) -> Stage:
+    """How far it has come; `again`: this command's workers have been restarted."""
+    if _came[0] == "training" or not again:
+        return _came[0]
+    return "building again" if _came[0] == "building" else "first step again"
 
 
 def stacks_file(run_dir: str, launch: str, rank: int | str) -> str | None:

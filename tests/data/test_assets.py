@@ -8,7 +8,7 @@ from tp_trainer.assets import TEXT, TOKENIZER, TOKENIZER_SIZE
 from tp_trainer.assets.train_tokenizer import save, train
 from tp_trainer.config import Data
 from tp_trainer.data.sources import documents
-from tp_trainer.data.tokens import load_tokenizer
+from tp_trainer.data.tokenizer import load_tokenizer
 
 EMBEDDED = Data(source="embedded")
 
@@ -22,13 +22,19 @@ def test_parts_are_the_whole_text_cut_near_ninety_percent() -> None:
 
 
 def test_documents_are_chapters() -> None:
-    training, validation = list(documents(EMBEDDED, "train")), list(documents(EMBEDDED, "validation"))
+    training, validation = (
+        list(documents(EMBEDDED, "train")),
+        list(documents(EMBEDDED, "validation")),
+    )
     assert all(text.startswith("CHAPTER ") for text in training + validation[1:])
     assert sum(text.startswith("CHAPTER ") for text in training + validation) == 135
     assert max(text.count("\nCHAPTER ") for text in training + validation) == 0
 
 
-@pytest.mark.parametrize("text", ["Call me Ishmael.", "  two  spaces\n\ttab , comma \r\n", "naïve — 鯨 🐋 \x00", "‘Tis\u2028"])
+@pytest.mark.parametrize(
+    "text",
+    ["Call me Ishmael.", "  two  spaces\n\ttab , comma \r\n", "naïve — 鯨 🐋 \x00", "‘Tis\u2028"],
+)
 def test_round_trip(text: str) -> None:
     tokenizer = load_tokenizer("embedded")
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -48,4 +54,6 @@ def test_packaged_files_come_from_the_training_part_alone(tmp_path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (TOKENIZER / name).read_bytes()
     everything = train([*documents(EMBEDDED, "train"), *documents(EMBEDDED, "validation")])
     packaged = json.loads((TOKENIZER / "tokenizer.json").read_text())["model"]["vocab"]
-    assert everything.get_vocab() != packaged, "a tokenizer that saw the validation part would look different"
+    assert everything.get_vocab() != packaged, (
+        "a tokenizer that saw the validation part would look different"
+    )

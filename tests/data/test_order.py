@@ -52,19 +52,30 @@ def test_without_shuffle_rows_come_in_order() -> None:
 def test_resuming_anywhere_is_continuing(cap: int | None) -> None:
     steps = read(Order(50, 6, 3, True, cap), 30)
     for done in range(30):
-        assert read(Order(50, 6, 3, True, cap), 30 - done, steps[done - 1][1] if done else START) == steps[done:]
+        assert (
+            read(Order(50, 6, 3, True, cap), 30 - done, steps[done - 1][1] if done else START)
+            == steps[done:]
+        )
 
 
 def test_capped_epochs() -> None:
     order = Order(100, 4, 0, True, max_steps_per_epoch=3)
     assert order.steps_per_epoch == 3
-    assert [cursor for _, cursor in read(order, 4)] == [Cursor(0, 4), Cursor(0, 8), Cursor(0, 12), Cursor(1, 4)]
+    assert [cursor for _, cursor in read(order, 4)] == [
+        Cursor(0, 4),
+        Cursor(0, 8),
+        Cursor(0, 12),
+        Cursor(1, 4),
+    ]
     assert Order(100, 4, 0, True, max_steps_per_epoch=1000).steps_per_epoch == 25
 
 
 def test_another_global_batch_size_goes_on_where_the_cursor_is() -> None:
     steps = read(Order(10, 3, 0, False), 2)
-    assert read(Order(10, 4, 0, False), 2, steps[-1][1]) == [([6, 7, 8, 9], Cursor(0, 10)), ([0, 1, 2, 3], Cursor(1, 4))]
+    assert read(Order(10, 4, 0, False), 2, steps[-1][1]) == [
+        ([6, 7, 8, 9], Cursor(0, 10)),
+        ([0, 1, 2, 3], Cursor(1, 4)),
+    ]
 
 
 @pytest.mark.parametrize(("dp_size", "micro"), [(1, 8), (1, 2), (2, 4), (2, 2), (4, 2), (4, 1)])
@@ -82,8 +93,10 @@ def test_ranks_share_the_same_global_batches(dp_size: int, micro: int) -> None:
 def test_too_few_rows() -> None:
     with pytest.raises(ConfigError) as caught:
         Order(7, 8, 0, True)
-    assert str(caught.value) == (
-        "train.global_batch_size=8: the training data has only 7 rows; give at most 7, a smaller data.seq_length or more data"
+    assert (
+        str(caught.value)
+        == "train.global_batch_size=8: the training data has only 7 rows; give at most 7, a smaller"
+        " data.seq_length or more data"
     )
     Order(8, 8, 0, True)
     with pytest.raises(ConfigError, match="only 0 rows; give a smaller"):
@@ -92,7 +105,9 @@ def test_too_few_rows() -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 23, 24])
 @pytest.mark.parametrize(("dp_size", "micro"), [(1, 1), (1, 8), (2, 4), (4, 2), (3, 4)])
-def test_evaluation_covers_each_row_once_with_equal_counts(rows: int, dp_size: int, micro: int) -> None:
+def test_evaluation_covers_each_row_once_with_equal_counts(
+    rows: int, dp_size: int, micro: int
+) -> None:
     ranks = [evaluation_batches(rows, rank, dp_size, micro) for rank in range(dp_size)]
     assert len({len(rank) for rank in ranks}) == 1
     assert all(len(part) == micro for rank in ranks for part in rank)

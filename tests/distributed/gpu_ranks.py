@@ -1,7 +1,8 @@
 """The ranks of the GPU tests: one for each GPU, or as many as GPU_RANKS says, sharing GPUs.
 
-Ranks share a GPU with NCCL 2.30 or later (LD_PRELOAD where torch has an older one), NCCL_MULTI_RANK_GPU_ENABLE=1 and
-TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1. They take turns: the numbers are what they are on GPUs of their own, the times are not.
+Ranks share a GPU with NCCL 2.30 or later (LD_PRELOAD where torch has an older one),
+NCCL_MULTI_RANK_GPU_ENABLE=1 and TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1. They take turns: the
+numbers are what they are on GPUs of their own, the times are not.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ SIZE = int(os.environ.get("GPU_RANKS", GPUS)) if GPUS else 0
 
 
 def spawn(function: Callable[..., None], store: Path, *args: Any) -> None:
-    """Run `function(device, *args)` on every rank, in a process of its own, with a default process group of them."""
+    """Run `function(device, *args)` on every rank, in a process of its own, with a default process
+    group of them.
+    """
     multiprocessing.spawn(_rank, (function, str(store), args), nprocs=SIZE)
 
 
@@ -28,7 +31,9 @@ def _rank(rank: int, function: Callable[..., None], store: str, args: tuple[Any,
     device = torch.device("cuda", rank % GPUS)
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream())
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.FileStore(store, SIZE), rank=rank, world_size=SIZE)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", store=dist.FileStore(store, SIZE), rank=rank, world_size=SIZE
+    )
     function(device, *args)
     torch.cuda.synchronize()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What runs on a rank: the trainer's own parts put together as worker.py does, without Ray."""
+"""What runs on a rank: what the recipe makes, without Ray."""
 
 from __future__ import annotations
 
@@ -6,55 +6,73 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import pytest
 import torch
 import torch.distributed as dist
-from plain_reference import data_of, mask_labels
+from plain_reference import mask_labels
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tp_trainer.config import Config, load
-from tp_trainer.data import Cursor, DataStream
+from tp_trainer.config import load
+from tp_trainer.data import Cursor
 from tp_trainer.loop import train_step
-from tp_trainer.models.build import ParallelModel, build_model
-from tp_trainer.optim import AdamW, build_optimizer
-from tp_trainer.parallel.async_tp import AsyncTensorParallel
-from tp_trainer.parallel.mesh import Mesh, build_mesh
+from tp_trainer.models.model import ParallelModel
+from tp_trainer.parallel.fast.async_tp import AsyncTensorParallel
+from tp_trainer.recipe import Run, build
 
-NEEDS_COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler")
+T = TypeVar("T")
+NEEDS_COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))),
+    reason="torch.compile needs a C++ compiler",
+)
+
+
+@dataclass(frozen=True)
+class Peers:
+    """A rank among others that never fail alone and share no node."""
+
+    device: torch.device
+    rank: int
+
+    def agree(self, action: Callable[[], T]) -> T:
+        return action()
+
+    first = agree
 
 
 @dataclass
-class Trainer:
-    config: Config
-    mesh: Mesh
-    model: ParallelModel
-    optimizer: AdamW
-    data: DataStream
-    cursor: Cursor
+class Trainer(Run):
+    cursor: Cursor = field(default_factory=Cursor)
 
-    def step(self, masked: bool = False, before_clipping: Callable[[], None] = lambda: None) -> tuple[float, float]:
+    def step(
+        self, masked: bool = False, before_clipping: Callable[[], None] = lambda: None
+    ) -> tuple[float, float]:
         """One optimizer step: loss and gradient norm."""
         batches, self.cursor = self.data.step(self.cursor)
         if masked:
-            batches = [{**batch, "labels": mask_labels(batch["input_ids"], batch["labels"])} for batch in batches]
+            batches = [
+                replace(each, labels=mask_labels(each.input_ids, each.labels)) for each in batches
+            ]
         clip = self.config.train.clip_grad_norm
-        loss, norm = train_step(self.model, self.optimizer, batches, self.mesh, clip, before_clipping=before_clipping)
+        loss, norm = train_step(
+            self.model, self.optimizer, batches, self.mesh, clip, before_clipping=before_clipping
+        )
         return loss.item(), norm.item()
 
 
-def trainer(settings: dict[str, Any], device: torch.device | None = None) -> Trainer:
-    config = load(settings)
-    mesh = build_mesh(config.parallelism, device or torch.device("cpu"))
-    model = build_model(config, mesh, lambda find: find())
-    optimizer = build_optimizer(config.optim, model.module.named_parameters())
-    data = data_of(settings, mesh.dp_rank, mesh.dp_size)
-    torch.manual_seed(config.seed + 1 + dist.get_rank())
-    return Trainer(config, mesh, model, optimizer, data, Cursor())
+def trainer(
+    settings: dict[str, Any],
+    device: torch.device | None = None,
+    trainable: Callable[[str], bool] = lambda name: True,
+    lean: bool = False,
+) -> Trainer:
+    peers = Peers(device or torch.device("cpu"), dist.get_rank())
+    made = build(load(settings), peers, tokenizer="none", trainable=trainable, lean=lean)
+    return Trainer(made.config, made.mesh, made.model, made.data, made.optimizer)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,21 +86,41 @@ def whole_parameters(model: ParallelModel) -> dict[str, torch.Tensor] | None:
     return full if dist.get_rank() == 0 else None
 
 
-def run_steps(settings: dict[str, Any], steps: int, masked: bool = False) -> dict[str, Any]:
+def run_steps(
+    settings: dict[str, Any],
+    steps: int,
+    masked: bool = False,
+    trainable: Callable[[str], bool] = lambda name: True,
+) -> dict[str, Any]:
     """Losses, gradient norms and final parameters of some steps, and the gradients of the first."""
-    made = trainer(settings)
+    made = trainer(settings, trainable=trainable)
     gradients: dict[str, torch.Tensor] = {}
 
     def keep() -> None:
-        gradients.update({name: whole(p.grad) for name, p in made.model.module.named_parameters() if p.grad is not None})
+        gradients.update(
+            {
+                name: whole(p.grad)
+                for name, p in made.model.module.named_parameters()
+                if p.grad is not None
+            }
+        )
 
-    losses, norms = zip(*(made.step(masked, (lambda: None) if step else keep) for step in range(steps)), strict=True)
+    losses, norms = zip(
+        *(made.step(masked, (lambda: None) if step else keep) for step in range(steps)), strict=True
+    )
     parameters = whole_parameters(made.model)
-    return {"losses": losses, "norms": norms, "gradients": gradients if parameters is not None else None, "parameters": parameters}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "gradients": gradients if parameters is not None else None,
+        "parameters": parameters,
+    }
 
 
 class Watch(TorchDispatchMode):
-    """Shows each operation on plain tensors, backward passes and those inside DTensors included, to `seen(name, outputs)`."""
+    """Shows each operation on plain tensors, backward passes and those inside DTensors included, to
+    `seen(name, outputs)`.
+    """
 
     def __init__(self, seen: Callable[[str, list[torch.Tensor]], None]) -> None:
         super().__init__()
@@ -103,7 +141,9 @@ def count_operations() -> tuple[Counter[str], Watch]:
 
 @contextmanager
 def exchanges_of_graphs() -> Iterator[list[Counter[str]]]:
-    """The exchanges, by kind, in each graph that is compiled meanwhile, forward and backward, once products have been joined to them."""
+    """The exchanges, by kind, in each graph that is compiled meanwhile, forward and backward, once
+    matmuls have been joined to them.
+    """
     found = list[Counter[str]]()
     rewrite = AsyncTensorParallel.__call__
 
@@ -111,10 +151,19 @@ def exchanges_of_graphs() -> Iterator[list[Counter[str]]]:
         rewrite(self, graph)
         graph.lint()
         names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
-        found.append(Counter(name.split(".")[-2] for name in names if name.startswith(("tp_trainer", "_c10d")) and "wait" not in name))
+        found.append(
+            Counter(
+                name.split(".")[-2]
+                for name in names
+                if name.startswith(("tp_trainer", "_c10d")) and "wait" not in name
+            )
+        )
 
     torch._dynamo.reset()
-    with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(force_disable_caches=True):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch._inductor.config.patch(force_disable_caches=True),
+    ):
         patch.setattr(AsyncTensorParallel, "__call__", seen)
         yield found
     torch._dynamo.reset()

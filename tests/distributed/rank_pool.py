@@ -1,6 +1,7 @@
 """A few processes that stay: each runs one rank of whatever world a test asks for.
 
-torch and transformers are imported once per process, and a case pays for a process group and its own work only.
+torch and transformers are imported once per process, and a case pays for a process group and its
+own work only.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,6 +26,11 @@ from typing import Any
 RANKS = 4
 START_SECONDS = 240  # for imports, on a machine that is busy
 GRACE_SECONDS = 10  # for the other ranks, once one has failed
+# a segmentation fault in a thread of gloo's, which runs no Python: once in some fifteen runs of all
+# tests with torch 2.13, in no case in particular (what stands between is the stack of that thread)
+IN_GLOO = re.compile(
+    r"died \(exit code -11\)\n((?!Fatal Python|.*omitting python).*\n)*?.*(gloo::|ProcessGroupGloo)"
+)
 
 
 class RankError(Exception):
@@ -30,7 +38,9 @@ class RankError(Exception):
 
 
 class RankPool:
-    """Runs functions as the ranks of gloo worlds of up to `size`, in processes that are started once."""
+    """Runs functions as the ranks of gloo worlds of up to `size`, in processes that are started
+    once.
+    """
 
     def __init__(self, size: int = RANKS) -> None:
         self.size = size
@@ -39,16 +49,32 @@ class RankPool:
         self.pipes: list[Connection] = []
         self.cases = 0
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
-        """The results of `function(*args)` on the first `world` ranks, with a fresh default process group of them.
+    def run(
+        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 300
+    ) -> list[Any]:
+        """The results of `function(*args)` on the first `world` ranks, with a fresh default process
+        group of them.
 
         Args:
             function: of a module's top level; it and its arguments and results are pickled.
-            timeout: seconds after which the case counts as hung. The processes are then started anew.
+            timeout: seconds after which the case counts as hung. The processes are then started
+                anew.
 
         Raises:
-            RankError: with the traceback of the first rank that failed, or the stack of those that hang.
+            RankError: with the traceback of the first rank that failed, or the stack of those that
+                hang.
         """
+        try:
+            return self._once(world, function, *args, timeout=timeout)
+        except RankError as error:
+            if not IN_GLOO.search(str(error)):
+                raise
+            warnings.warn(f"gloo crashed by itself, the case runs again: {error}", stacklevel=2)
+            return self._once(world, function, *args, timeout=timeout)
+
+    def _once(
+        self, world: int, function: Callable[..., Any], *args: Any, timeout: float
+    ) -> list[Any]:
         self._start()
         self.cases += 1
         store = str(self.directory / f"store-{self.cases}")
@@ -59,7 +85,9 @@ class RankPool:
         deadline = time.monotonic() + timeout
         while len(results) + len(failed) < world:
             pending = [rank for rank in range(world) if rank not in results and rank not in failed]
-            ready = wait([self.pipes[rank] for rank in pending], max(0.0, deadline - time.monotonic()))
+            ready = wait(
+                [self.pipes[rank] for rank in pending], max(0.0, deadline - time.monotonic())
+            )
             for rank in pending:
                 if self.pipes[rank] in ready:
                     try:
@@ -69,7 +97,8 @@ class RankPool:
                     (results if ok else failed)[rank] = value
                     if not ok:
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-            if not ready:  # out of time: with a failed rank the others can't go on, without one they hang
+            # out of time: with a failed rank the others can't go on, without one they hang
+            if not ready:
                 hung = "".join(f"\n--- rank {rank} hangs\n{self._stack(rank)}" for rank in pending)
                 self.stop()
                 if not failed:
@@ -78,7 +107,9 @@ class RankPool:
         if failed:
             if any("died" in value for value in failed.values()):
                 self.stop()
-            raise RankError("".join(f"\n--- rank {rank}\n{text}" for rank, text in sorted(failed.items())))
+            raise RankError(
+                "".join(f"\n--- rank {rank}\n{text}" for rank, text in sorted(failed.items()))
+            )
         return [results[rank] for rank in range(world)]
 
     def stop(self) -> None:
@@ -95,7 +126,11 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs, str(self.directory / f"stack-{rank}")), daemon=True)
+            process = context.Process(
+                target=_serve,
+                args=(rank, theirs, str(self.directory / f"stack-{rank}")),
+                daemon=True,
+            )
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -109,7 +144,12 @@ class RankPool:
     def _death(self, rank: int) -> str:
         """How a rank's process ended, and where it was if a signal ended it."""
         self.processes[rank].join(GRACE_SECONDS)  # its pipe closes a little before it is gone
-        return f"died (exit code {self.processes[rank].exitcode})\n{(self.directory / f'stack-{rank}').read_text()}"
+        python = (self.directory / f"stack-{rank}").read_text()
+        native = (self.directory / f"native-{rank}").read_text()
+        # of all threads' stacks, that of the thread which was hit
+        hit = [each for each in native.split("\n\n") if "fatalSignalHandler" in each]
+        code = self.processes[rank].exitcode
+        return "\n".join([f"died (exit code {code})", *hit, python])
 
     def _stack(self, rank: int) -> str:
         """Where a rank is right now."""
@@ -135,7 +175,13 @@ def _serve(rank: int, pipe: Connection, stack_file: str) -> None:
             import tp_trainer.models.build  # noqa: F401
 
         torch.set_num_threads(1)
-        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # of gathering whole tensors: slow, it says
+        native = os.open(
+            f"{Path(stack_file).parent}/native-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        )
+        os.dup2(native, 2)  # where torch writes the stacks of threads that run no Python
+        torch._C._set_print_stack_traces_on_fatal_signal(True)
+        # of gathering whole tensors: slow, it says
+        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
         transformers.utils.logging.set_verbosity_error()
         pipe.send_bytes(b"ready")
         while True:
@@ -145,12 +191,15 @@ def _serve(rank: int, pipe: Connection, stack_file: str) -> None:
                 return
             try:
                 world, store, function, args = pickle.loads(message)
-                dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+                dist.init_process_group(
+                    "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world
+                )
                 answer = (True, function(*args))
                 dist.barrier()  # nobody leaves while another still reads from it
             except BaseException:
                 answer = (False, traceback.format_exc())
-            gc.collect()  # what a case leaves goes while its groups are there, and not amid another case
+            # what a case leaves goes while its groups are there, and not amid another case
+            gc.collect()
             if dist.is_initialized():
                 dist.destroy_process_group()
             _forget_meshes()
@@ -158,10 +207,19 @@ def _serve(rank: int, pipe: Connection, stack_file: str) -> None:
 
 
 def _forget_meshes() -> None:
-    """DTensor remembers what it worked out for a mesh, with the groups of the mesh that was equal to it in an earlier case."""
-    from torch.distributed.tensor import DTensor, debug
+    """DTensor remembers what it worked out for a mesh, with the groups of the mesh that was equal
+    to it in an earlier case; as long as it does, their threads go on.
+    """
+    from torch.distributed.tensor import DTensor, _collective_utils, _redistribute, debug
 
     if hasattr(debug, "_clear_sharding_prop_cache"):
         debug._clear_sharding_prop_cache()
     else:
         DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    if hasattr(_redistribute, "clear_redistribute_planner_cache"):
+        _redistribute.clear_redistribute_planner_cache()
+    for each in (
+        _redistribute._gen_transform_infos,
+        _collective_utils.MeshTopoInfo.build_from_mesh,
+    ):
+        each.cache_clear()

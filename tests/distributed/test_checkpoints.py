@@ -1,4 +1,6 @@
-"""Checkpoints under faults, at the level of a process group: damage is found, failures are everybody's, nothing hangs."""
+"""Checkpoints under faults, at the level of a process group: damage is found, failures are
+everybody's, nothing hangs.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tp_trainer.checkpoint import snapshot, state, store
-from tp_trainer.checkpoint.files import layout, local
+from tp_trainer.checkpoint import saving, snapshot, store
+from tp_trainer.checkpoint.directory import Sink
+from tp_trainer.checkpoint.files import local
+from tp_trainer.checkpoint.layout import layout
 from tp_trainer.checkpoint.manifest import checksum, render
+from tp_trainer.checkpoint.saving import Checkpoints, SaveFailed
 from tp_trainer.checkpoint.snapshot import Snapshots
-from tp_trainer.checkpoint.state import Checkpoints, SaveFailed
-from tp_trainer.checkpoint.store import Found, Sink, Store
+from tp_trainer.checkpoint.state import RunState
+from tp_trainer.checkpoint.store import Store, VerifiedCheckpoint
 from tp_trainer.config import ConfigError
 
 CPU = torch.device("cpu")
@@ -56,7 +61,9 @@ class Run:
     def __init__(self, run_dir: str, width: int = 64, **options: Any) -> None:
         self.model = Toy(width)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        self.saves = Checkpoints(run_dir, options.pop("keep_last", 2), self.model, self.optimizer, CPU, **options)
+        self.saves = Checkpoints(
+            run_dir, options.pop("keep_last", 2), self.model, self.optimizer, CPU, **options
+        )
 
     def step(self) -> None:
         for parameter in self.model.parameters():
@@ -64,20 +71,23 @@ class Run:
         self.optimizer.step()
 
     def save(self, step: int, last: bool = True) -> str | None:
-        return self.saves.save(step, state_of(step), last)
+        return self.saves.save(state_of(step), last)
 
     def everything(self) -> dict[str, torch.Tensor]:
         """This rank's part of all tensors, copied."""
-        return {name: local(tensor).clone() for name, tensor in self.saves._tensors(with_rng=False).items()}
+        return {
+            name: local(tensor).clone()
+            for name, tensor in self.saves.tensors(with_rng=False).items()
+        }
 
-    def ended(self) -> state.Saved:
+    def ended(self) -> saving.Saved:
         self.saves.wait()
         (saved,) = self.saves.done()
         return saved
 
 
-def state_of(step: int) -> dict[str, Any]:
-    return {"step": step, "epoch": 0, "offset": step, "tokens": step, "global_batch_size": 8, "launch": "a"}
+def state_of(step: int, launch: str = "a", validation_loss: float | None = None) -> RunState:
+    return RunState(step, 0, step, step, 8, launch=launch, validation_loss=validation_loss)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -91,11 +101,13 @@ def first_rank(action: Callable[[], Any]) -> None:
     dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------------------ restoring
+# --------------------------------------------------------------------------------------------------
 
 
 def damage_and_look(run_dir: str, trials: int, seed: int) -> list[str]:
-    """Of two checkpoints the newer is damaged in some way, again and again. Returns the ways that were not found."""
+    """Of two checkpoints the newer is damaged in some way, again and again. Returns the ways that
+    were not found.
+    """
     run, rng, missed = Run(run_dir), random.Random(seed), []
     for step in (1, 2):
         run.step()
@@ -118,7 +130,7 @@ def damage_and_look(run_dir: str, trials: int, seed: int) -> list[str]:
         if found is None or found.step != 1 or not skipped[0].startswith("step_00000002 ("):
             missed.append(f"{kind} of {file} at {position}")
         refused = run.saves.pinned(str(clean))
-        if isinstance(refused, Found):
+        if isinstance(refused, VerifiedCheckpoint):
             missed.append(f"{kind} of {file}, pinned")
         dist.barrier()
     assert same(before, run.everything()), "no tensor was touched"
@@ -184,22 +196,45 @@ def forge(path: Path, files: dict[str, bytes]) -> None:
     manifest.pop("checksum")
     for name, content in files.items():
         (path / name).write_bytes(content)
-        manifest["files"][name] = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+        manifest["files"][name] = {
+            "bytes": len(content),
+            "xxh3_128": xxhash.xxh3_128_hexdigest(content),
+        }
     (path / "manifest.json").write_bytes(render({**manifest, "checksum": checksum(manifest)}))
 
 
 def test_forged_metadata_is_damage(ranks: RankPool, tmp_path: Path) -> None:
     tensor, chunk = ("tensors", "model.sharded"), ("tensors", "model.sharded", "chunks", 0)
     forgeries: list[Any] = [
-        (("tensors",), None), (("tensors",), [1]), (tensor, 3), ((*tensor, "dtype"), "object"), ((*tensor, "dtype"), ["x"]),
-        ((*tensor, "shape"), [64, -8]), ((*tensor, "shape"), [1 << 70, 8]), ((*tensor, "shape"), "ab"), ((*tensor, "shape"), [64.0, 8]),
-        ((*tensor, "chunks"), []), ((*tensor, "chunks"), {}), (chunk, None), ((*chunk, "file"), "../../secret"),
-        ((*chunk, "file"), "/etc/passwd"), ((*chunk, "file"), "state.json"), ((*chunk, "file"), 3), ((*chunk, "file"), []),
-        ((*chunk, "start"), -4), ((*chunk, "start"), 1 << 40), ((*chunk, "start"), True), ((*chunk, "bytes"), 8),
-        ((*chunk, "offsets"), [40, 0]), ((*chunk, "offsets"), [0]), ((*chunk, "sizes"), [64, 8]),
-    ]  # fmt: skip
+        (("tensors",), None),
+        (("tensors",), [1]),
+        (tensor, 3),
+        ((*tensor, "dtype"), "object"),
+        ((*tensor, "dtype"), ["x"]),
+        ((*tensor, "shape"), [64, -8]),
+        ((*tensor, "shape"), [1 << 70, 8]),
+        ((*tensor, "shape"), "ab"),
+        ((*tensor, "shape"), [64.0, 8]),
+        ((*tensor, "chunks"), []),
+        ((*tensor, "chunks"), {}),
+        (chunk, None),
+        ((*chunk, "file"), "../../secret"),
+        ((*chunk, "file"), "/etc/passwd"),
+        ((*chunk, "file"), "state.json"),
+        ((*chunk, "file"), 3),
+        ((*chunk, "file"), []),
+        ((*chunk, "start"), -4),
+        ((*chunk, "start"), 1 << 40),
+        ((*chunk, "start"), True),
+        ((*chunk, "bytes"), 8),
+        ((*chunk, "offsets"), [40, 0]),
+        ((*chunk, "offsets"), [0]),
+        ((*chunk, "sizes"), [64, 8]),
+    ]
     for skipped in ranks.run(2, restore_forged, str(tmp_path / "run"), forgeries)[0]:
-        assert len(skipped) == 1 and skipped[0].startswith("step_00000001 (damaged: metadata.json doesn't describe the files")
+        assert len(skipped) == 1 and skipped[0].startswith(
+            "step_00000001 (damaged: metadata.json doesn't describe the files"
+        )
 
 
 class Bomb:
@@ -272,13 +307,16 @@ def restore_other(run_dir: str) -> list[str]:
 
 def test_other_tensors_are_refused_by_name(ranks: RankPool, tmp_path: Path) -> None:
     for shape, more, fewer, dtype in ranks.run(2, restore_other, str(tmp_path / "run")):
-        assert "model.columns is float32 [6, 64] there and float32 [6, 32] here" in shape and "more" in shape
+        assert (
+            "model.columns is float32 [6, 64] there and float32 [6, 32] here" in shape
+            and "more" in shape
+        )
         assert "model.more is missing there and float32 [2] here" in more
         assert "model.replicated is float32 [5] there and missing here" in fewer
         assert "model.low is bfloat16 [3, 3] there and float32 [3, 3] here" in dtype
 
 
-# --------------------------------------------------------------------------------------------------------------- saving
+# --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -306,13 +344,33 @@ def broken(target: Any, name: str, error: Exception) -> Callable[[], Any]:
 FAULTS: dict[str, tuple[int, Callable[[], Any], str]] = {
     "full disk": (1, full_disk, "rank 1: OSError: [Errno 27] File too large"),
     "full disk on rank 0": (0, full_disk, "rank 0: OSError: [Errno 27] File too large"),
-    "makedirs": (0, broken(os, "makedirs", PermissionError("no directory")), "rank 0: PermissionError: no directory"),
-    "begin": (0, broken(Store, "begin", AssertionError("is there already")), "rank 0: AssertionError: is there already"),
-    "listing": (0, broken(Store, "check", ConnectionError("no storage")), "rank 0: ConnectionError: no storage"),
+    "makedirs": (
+        0,
+        broken(os, "makedirs", PermissionError("no directory")),
+        "rank 0: PermissionError: no directory",
+    ),
+    "begin": (
+        0,
+        broken(Store, "begin", AssertionError("is there already")),
+        "rank 0: AssertionError: is there already",
+    ),
+    "listing": (
+        0,
+        broken(Store, "check", ConnectionError("no storage")),
+        "rank 0: ConnectionError: no storage",
+    ),
     "rename": (0, broken(os, "rename", OSError("no rename")), "rank 0: OSError: no rename"),
     "fsync": (1, broken(os, "fsync", OSError("disk is gone")), "rank 1: OSError: disk is gone"),
-    "commit": (0, broken(store, "render", MemoryError("no memory")), "rank 0: MemoryError: no memory"),
-    "copy": (1, broken(Snapshots, "take", RuntimeError("out of memory")), "rank 1: RuntimeError: out of memory"),
+    "commit": (
+        0,
+        broken(store, "render_manifest", MemoryError("no memory")),
+        "rank 0: MemoryError: no memory",
+    ),
+    "copy": (
+        1,
+        broken(Snapshots, "take", RuntimeError("out of memory")),
+        "rank 1: RuntimeError: out of memory",
+    ),
 }
 """What goes wrong on which rank, and what all ranks are told."""
 
@@ -342,11 +400,17 @@ def save_with_fault(run_dir: str, fault: str, last: bool) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_rank_that_fails_to_save_is_everybodys(ranks: RankPool, tmp_path: Path, fault: str, last: bool) -> None:
+def test_a_rank_that_fails_to_save_is_everybodys(
+    ranks: RankPool, tmp_path: Path, fault: str, last: bool
+) -> None:
     run_dir = str(tmp_path / "run")
-    for raised, error, names, found, after in ranks.run(2, save_with_fault, run_dir, fault, last, timeout=60):
+    for raised, error, names, found, after in ranks.run(
+        2, save_with_fault, run_dir, fault, last, timeout=60
+    ):
         assert FAULTS[fault][2] in error and found == 1
-        assert raised == (f"checkpoint of step 2 failed: {error}" if last else None), "the last save of a run must count"
+        assert raised == (f"checkpoint of step 2 failed: {error}" if last else None), (
+            "the last save of a run must count"
+        )
         assert names == ["step_00000001"], "what was written is gone again"
         assert after == f"{run_dir}/step_00000003"
 
@@ -355,8 +419,10 @@ def newest_of_launches(run_dir: str) -> list[int | None]:
     run = Run(run_dir, keep_last=9)
     for step, launch in enumerate("aab", 1):
         run.step()
-        run.saves.save(step, {**state_of(step), "launch": launch})
-    return [found.step if found else None for found, _ in map(run.saves.newest, (None, "a", "b", "c"))]
+        run.saves.save(state_of(step, launch))
+    return [
+        found.step if found else None for found, _ in map(run.saves.newest, (None, "a", "b", "c"))
+    ]
 
 
 def test_newest_of_one_launch(ranks: RankPool, tmp_path: Path) -> None:
@@ -388,7 +454,7 @@ def plans_in_a_save(run_dir: str, prepared: bool) -> int:
     run.step()
     if prepared:
         run.saves.prepare()
-    with mock.patch.object(state, "layout", wraps=layout) as planned:
+    with mock.patch.object(saving, "layout", wraps=layout) as planned:
         for step in (1, 2):
             run.save(step)
     return planned.call_count
@@ -420,7 +486,10 @@ def save_not_finite(run_dir: str) -> tuple[str | None, str | None]:
 
 def test_weights_that_are_not_finite_are_not_published(ranks: RankPool, tmp_path: Path) -> None:
     for sharded, half in ranks.run(2, save_not_finite, str(tmp_path / "run")):
-        assert sharded.startswith("rank 1: ValueError: sharded is not finite") and "low is not finite" in half
+        assert (
+            sharded.startswith("rank 1: ValueError: sharded is not finite")
+            and "low is not finite" in half
+        )
 
 
 @contextmanager
@@ -465,20 +534,36 @@ def save_and_train_on(run_dir: str, asynchronous: bool) -> dict[str, Any]:
     dist.barrier()
     other = Run(run_dir)
     found = other.saves.store.check("step_00000002")
-    assert isinstance(found, Found)
+    assert isinstance(found, VerifiedCheckpoint)
     other.saves.restore(found)
     return {
-        "exact": same(expected, other.everything()) and torch.equal(rng, torch.get_rng_state()), "path": path, "running": running,
-        "there": there, "early": early, "waited": waited, "saved": saved, "asked": set(asked), "pauses": run.saves.pauses,
-    }  # fmt: skip
+        "exact": same(expected, other.everything()) and torch.equal(rng, torch.get_rng_state()),
+        "path": path,
+        "running": running,
+        "there": there,
+        "early": early,
+        "waited": waited,
+        "saved": saved,
+        "asked": set(asked),
+        "pauses": run.saves.pauses,
+    }
 
 
 def test_training_goes_on_while_the_copy_is_written(ranks: RankPool, tmp_path: Path) -> None:
     for seen in ranks.run(2, save_and_train_on, str(tmp_path / "run"), True):
         assert seen["exact"], "what was written is the state at the save, not of the steps since"
-        assert seen["running"] and seen["path"] is None and seen["early"] == [] and "step_00000002" not in seen["there"]
+        assert (
+            seen["running"]
+            and seen["path"] is None
+            and seen["early"] == []
+            and "step_00000002" not in seen["there"]
+        )
         assert seen["asked"] == {"save-2", "save-3"}, "the training thread asks no other rank"
-        assert seen["saved"].path and seen["saved"].pause_seconds < 0.2 < 0.5 < seen["saved"].seconds and seen["waited"] > 0.2
+        assert (
+            seen["saved"].path
+            and seen["saved"].pause_seconds < 0.2 < 0.5 < seen["saved"].seconds
+            and seen["waited"] > 0.2
+        )
         assert seen["saved"].bytes > 3 * 4 * 64 * 14 and len(seen["pauses"]) == 3
 
 
@@ -499,9 +584,14 @@ def save_without_memory(run_dir: str) -> tuple[list[list[str]], list[float]]:
     return notes, run.saves.pauses
 
 
-def test_without_memory_for_a_copy_training_waits_and_says_so_once(ranks: RankPool, tmp_path: Path) -> None:
+def test_without_memory_for_a_copy_training_waits_and_says_so_once(
+    ranks: RankPool, tmp_path: Path
+) -> None:
     for notes, pauses in ranks.run(2, save_without_memory, str(tmp_path / "run")):
-        assert notes == [["no room for a copy of the state: training waits until checkpoints are written"], []]
+        assert notes == [
+            ["no room for a copy of the state: training waits until checkpoints are written"],
+            [],
+        ]
         assert all(pause > 0.2 for pause in pauses)
 
 
@@ -520,12 +610,16 @@ def save_over(run_dir: str) -> tuple[list[str], Any, list[str]]:
     run.save(2)
     notes = run.ended().notes
     dist.barrier()
-    return notes, run.saves.newest()[1], run.saves.store._names()
+    return notes, run.saves.newest()[1], run.saves.store.names()
 
 
 def test_a_damaged_one_of_that_step_is_replaced(ranks: RankPool, tmp_path: Path) -> None:
     for notes, skipped, names in ranks.run(2, save_over, str(tmp_path / "run")):
-        assert notes == ["step_00000002 is there already, but damaged: it is written anew"] and skipped == [] and names == ["step_00000002"]
+        assert (
+            notes == ["step_00000002 is there already, but damaged: it is written anew"]
+            and skipped == []
+            and names == ["step_00000002"]
+        )
 
 
 def go_on_before_a_damaged_one(run_dir: str) -> list[str]:
@@ -543,25 +637,39 @@ def go_on_before_a_damaged_one(run_dir: str) -> list[str]:
 
 
 def test_retention_counts_no_damaged_one(ranks: RankPool, tmp_path: Path) -> None:
-    assert ranks.run(2, go_on_before_a_damaged_one, str(tmp_path / "run"))[0] == ["step_00000001", "step_00000004", "step_00000009"]
+    assert ranks.run(2, go_on_before_a_damaged_one, str(tmp_path / "run"))[0] == [
+        "step_00000001",
+        "step_00000004",
+        "step_00000009",
+    ]
 
 
 def retain(run_dir: str) -> list[str]:
     run = Run(run_dir, keep_last=1, keep_every=4, keep_best=1)
     for step, loss in enumerate([5.0, 3.0, 4.0, 6.0, 7.0, 8.0], 1):
-        run.saves.save(step, {**state_of(step), "validation_loss": loss})
+        run.saves.save(state_of(step, validation_loss=loss))
     return run.saves.store.step_names()
 
 
 def test_retention(ranks: RankPool, tmp_path: Path) -> None:
-    assert ranks.run(2, retain, str(tmp_path / "run"))[0] == ["step_00000002", "step_00000004", "step_00000006"]
+    assert ranks.run(2, retain, str(tmp_path / "run"))[0] == [
+        "step_00000002",
+        "step_00000004",
+        "step_00000006",
+    ]
 
 
 def test_kills_during_saving_tear_and_lose_nothing() -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "kill_during_save.py"
     if not script.exists():
         pytest.skip("benchmarks/ is not part of a source distribution")
-    done = subprocess.run([sys.executable, str(script), "kills=6", "seed=3"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(script), "kills=6", "seed=3"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(done.stdout)
-    assert (counts["kills"], counts["torn"], counts["lost"]) == (6, 0, 0) and counts["leftovers"] and counts["saved"]
+    assert (
+        (counts["kills"], counts["torn"], counts["lost"]) == (6, 0, 0)
+        and counts["leftovers"]
+        and counts["saved"]
+    )

@@ -43,13 +43,23 @@ def graphs(settings: dict[str, Any]) -> tuple[int, int, list[tuple[float, float]
 BOTH = {"tp": 2, "dp": 2}
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize(
     ("family", "parallelism"),
-    [("qwen2", BOTH), ("qwen2", {"tp": 1, "dp": 2}), ("qwen2", {"tp": 2, "dp": 1, "activation_checkpointing": "selective"}),
-     ("qwen2", {"tp": 2, "dp": 1, "activation_checkpointing": "full"}), ("phi3", BOTH), ("one_kv_head", BOTH), ("olmo2", BOTH),
-     ("qwen3", BOTH)],
-)  # fmt: skip
-def test_one_graph_serves_all_layers(ranks: RankPool, family: str, parallelism: dict[str, Any]) -> None:
+    [
+        ("qwen2", BOTH),
+        ("qwen2", {"tp": 1, "dp": 2}),
+        ("qwen2", {"tp": 2, "dp": 1, "activation_checkpointing": "selective"}),
+        ("qwen2", {"tp": 2, "dp": 1, "activation_checkpointing": "full"}),
+        ("phi3", BOTH),
+        ("one_kv_head", BOTH),
+        ("olmo2", BOTH),
+        ("qwen3", BOTH),
+    ],
+)
+def test_one_graph_serves_all_layers(
+    ranks: RankPool, family: str, parallelism: dict[str, Any]
+) -> None:
     def of(layers: int, compiled: bool) -> tuple[int, int, list[tuple[float, float]]]:
         architecture = {**FAMILIES[family], "num_hidden_layers": layers}
         settings = settings_of(architecture, parallelism={**parallelism, "compile": compiled})

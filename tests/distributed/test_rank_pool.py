@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from plain_reference import FAMILIES, settings_of
+from rank_cases import run_steps
 from rank_pool import RankError, RankPool
 
 
@@ -50,7 +53,10 @@ def test_worlds(ranks: RankPool, world: int) -> None:
 def test_failures() -> None:
     pool = RankPool(2)
     try:
-        deaths = ((die_on, r"died \(exit code 9\)"), (crash_on, r"(?s)died \(exit code -11\).*in crash_on"))
+        deaths = (
+            (die_on, r"died \(exit code 9\)"),
+            (crash_on, r"(?s)died \(exit code -11\).*in crash_on"),
+        )
         for function, sentence in ((fail_on, "this one"), *deaths):
             with pytest.raises(RankError, match=sentence):
                 pool.run(2, function, 1, timeout=60)
@@ -59,3 +65,40 @@ def test_failures() -> None:
         assert pool.run(2, total, 0) == [1.0, 1.0]
     finally:
         pool.stop()
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2, "dp": 2, "dp_replicate": 2}, {"tp": 4, "dp": 1}])
+def test_a_case_leaves_no_thread_behind(ranks: RankPool, layout: dict[str, int]) -> None:
+    """Those of a process group, of whose mesh DTensor remembers something."""
+    ranks.run(4, total, 0)
+    before = [threads(each.pid) for each in ranks.processes]
+    ranks.run(4, run_steps, settings_of(FAMILIES["qwen2"], parallelism=layout), 2)
+    ranks.run(4, total, 0)
+    assert [threads(each.pid) for each in ranks.processes] == before
+
+
+def threads(process: int) -> int:
+    return len(os.listdir(f"/proc/{process}/task"))
+
+
+def test_a_crash_of_gloos_own_thread_is_told_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, tries = RankPool(2), []
+
+    def crash(frame: str) -> list[Any]:
+        def once(world: int, *args: Any, timeout: float) -> list[Any]:
+            tries.append(frame)
+            if tries.count(frame) == 1:
+                text = f"--- rank 1\ndied (exit code -11)\nframe #0: handler\n{frame}\n"
+                raise RankError(f"{text}Fatal Python error: Segmentation fault\n gloo::x\n")
+            return [0, 1]
+
+        monkeypatch.setattr(pool, "_once", once)
+        return pool.run(2, total, 0)
+
+    with pytest.warns(UserWarning, match="gloo crashed by itself"):
+        assert crash("frame #1: gloo::transport::tcp::Loop::run()") == [0, 1]
+    for other in ("frame #1: at::native::mul", "<omitting python frames>\nframe #3: gloo::x"):
+        with pytest.raises(RankError, match="exit code -11"):
+            crash(other)

@@ -13,7 +13,14 @@ from rank_pool import RankPool
 from tp_trainer.loop import evaluate
 
 VOCAB = 2048
-SMALL = {**FAMILIES["qwen2"], "vocab_size": VOCAB, "hidden_size": 32, "head_dim": 8, "num_attention_heads": 4, "num_hidden_layers": 1}
+SMALL = {
+    **FAMILIES["qwen2"],
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 1,
+}
 
 
 Largest = list[tuple[int, str, tuple[int, ...]]]  # one entry: elements, operation, shape
@@ -24,7 +31,11 @@ def largest_tensor() -> tuple[Largest, Watch]:
     largest: Largest = [(0, "", ())]
 
     def seen(name: str, outputs: list[torch.Tensor]) -> None:
-        largest[0] = max(largest[0], *((out.numel(), name, tuple(out.shape)) for out in outputs if not out.is_meta), (0, "", ()))
+        largest[0] = max(
+            largest[0],
+            *((out.numel(), name, tuple(out.shape)) for out in outputs if not out.is_meta),
+            (0, "", ()),
+        )
 
     return largest, Watch(seen)
 
@@ -45,20 +56,34 @@ def test_split_over_tp(ranks: RankPool, layout: tuple[int, int]) -> None:
     tp, dp = layout
     seq = 128
     settings = settings_of(
-        SMALL, tp, dp, data={"seq_length": seq}, train={"micro_batch_size": 1, "global_batch_size": 2, "eval_batches": 2}
-    )  # fmt: skip
+        SMALL,
+        tp,
+        dp,
+        data={"seq_length": seq},
+        train={"micro_batch_size": 1, "global_batch_size": 2, "eval_batches": 2},
+    )
     for stepping, evaluating in ranks.run(4, training_and_evaluation, settings):
         for [(elements, operation, shape)] in (stepping, evaluating):
             assert elements < seq * VOCAB, (operation, shape)
-            assert elements == seq * VOCAB // tp, (operation, shape)  # this rank's logits are the largest: the watch saw them
+            # this rank's logits are the largest: the watch saw them
+            assert elements == seq * VOCAB // tp, (operation, shape)
 
 
 def test_in_chunks_without_tp(ranks: RankPool) -> None:
     seq = 12288  # three chunks of loss.CHUNK_TOKENS
-    architecture = {**SMALL, "max_position_embeddings": seq, "vocab_size": 256, "intermediate_size": 32}
+    architecture = {
+        **SMALL,
+        "max_position_embeddings": seq,
+        "vocab_size": 256,
+        "intermediate_size": 32,
+    }
     settings = settings_of(
-        architecture, 1, 1, data={"seq_length": seq}, train={"micro_batch_size": 1, "global_batch_size": 1, "eval_batches": 1}
-    )  # fmt: skip
+        architecture,
+        1,
+        1,
+        data={"seq_length": seq},
+        train={"micro_batch_size": 1, "global_batch_size": 1, "eval_batches": 1},
+    )
     [(stepping, evaluating)] = ranks.run(1, training_and_evaluation, settings)
     for [(elements, operation, shape)] in (stepping, evaluating):
         assert elements < seq * 256, (operation, shape)

@@ -21,8 +21,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 300  # seconds for one run of the program
 QUICK = (
-    "model.overrides.num_hidden_layers=1", "data.seq_length=32", "train.eval_batches=1", "train.log_interval=1", "checkpoint.interval=4",
-)  # fmt: skip
+    "model.overrides.num_hidden_layers=1",
+    "data.seq_length=32",
+    "train.eval_batches=1",
+    "train.log_interval=1",
+    "checkpoint.interval=4",
+)
 
 
 @dataclass
@@ -36,7 +40,10 @@ class Ended:
     cpu_seconds: float  # what it took of the processors, whatever else they had to do
 
     def __str__(self) -> str:
-        return f"exit {self.code} after {self.seconds:.1f} s\n--- stdout\n{self.out}--- stderr\n{self.err}"
+        return (
+            f"exit {self.code} after {self.seconds:.1f} s\n--- stdout\n{self.out}---"
+            f" stderr\n{self.err}"
+        )
 
 
 def _children() -> float:
@@ -48,19 +55,27 @@ class Running:
     """A program that runs, in a process group of its own."""
 
     def __init__(self, command: list[str], cwd: Path, env: dict[str, str]) -> None:
-        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115  # closed by wait()
+        # closed by wait()
+        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         self.began, self.used = time.monotonic(), _children()
         self.process = subprocess.Popen(
-            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=self.files[0], stderr=self.files[1], start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-        )  # fmt: skip
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=self.files[0],
+            stderr=self.files[1],
+            start_new_session=True,
+            # a shell's background jobs ignore it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
     def wait(self, timeout: float = LIMIT) -> Ended:
-        """Wait for its end. Past the time, it is killed, and the test fails with what it had said."""
+        """Wait for its end. Past the time it is killed, and the test fails with what it said."""
         late = False
         try:
             code = self.process.wait(timeout)
@@ -73,7 +88,13 @@ class Running:
             file.seek(0)
             texts.append(file.read())
             file.close()
-        ended = Ended(code if code >= 0 else 128 - code, texts[0], texts[1], time.monotonic() - self.began, _children() - self.used)
+        ended = Ended(
+            code if code >= 0 else 128 - code,
+            texts[0],
+            texts[1],
+            time.monotonic() - self.began,
+            _children() - self.used,
+        )
         assert not late, f"still running after {timeout} s: {ended}"
         return ended
 
@@ -83,27 +104,51 @@ class Running:
 
 
 class Launcher:
-    """Starts launch.py in one working directory, and knows the processes of the Rays that come with it."""
+    """Starts launch.py in one working directory, and knows the processes of the Rays that come with
+    it.
+    """
 
     def __init__(self, cwd: Path, cache: Path) -> None:
         self.cwd, self.storage = cwd, cwd / "outputs"
         self.quick = (*QUICK, f"data.cache_dir={cache}")
-        self.ray_dir = Path(tempfile.mkdtemp(prefix="tp-", dir="/tmp"))  # short: a socket's path has at most 107 characters
+        # short: a socket's path has at most 107 characters
+        self.ray_dir = Path(tempfile.mkdtemp(prefix="tp-", dir="/tmp"))
         self.orders = self.ray_dir / "orders.json"  # hook/sitecustomize.py
-        self.env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "HYDRA_", "HF_", "PYTEST_", "COLUMNS"))}
-        self.env |= {"RAY_TMPDIR": str(self.ray_dir), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.env = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("RAY_", "HYDRA_", "HF_", "PYTEST_", "COLUMNS"))
+        }
+        self.env |= {
+            "RAY_TMPDIR": str(self.ray_dir),
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         self.started: list[Running] = []
 
-    def start(self, *overrides: str, env: dict[str, str] | None = None, orders: dict[str, Any] | None = None) -> Running:
+    def start(
+        self,
+        *overrides: str,
+        env: dict[str, str] | None = None,
+        orders: dict[str, Any] | None = None,
+    ) -> Running:
         """Start `python launch.py` with the quick settings and these overrides, which win."""
         env = {**self.env, **(env or {})}
         if orders is not None:
             self.orders.write_text(json.dumps(orders))
             env |= self.hook_env
         saved = "--config-path" in overrides
-        return self.execute([sys.executable, str(ROOT / "launch.py"), *(() if saved else self.quick), *overrides], env)
+        return self.execute(
+            [sys.executable, str(ROOT / "launch.py"), *(() if saved else self.quick), *overrides],
+            env,
+        )
 
-    def run(self, *overrides: str, env: dict[str, str] | None = None, orders: dict[str, Any] | None = None) -> Ended:
+    def run(
+        self,
+        *overrides: str,
+        env: dict[str, str] | None = None,
+        orders: dict[str, Any] | None = None,
+    ) -> Ended:
         return self.start(*overrides, env=env, orders=orders).wait()
 
     def execute(self, command: list[str], env: dict[str, str] | None = None) -> Running:
@@ -124,21 +169,34 @@ class Launcher:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 with suppress(OSError):
-                    title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                    if title and any(str(self.ray_dir) in os.readlink(entry / "fd" / str(number)) for number in (1, 2)):
+                    title = (
+                        (entry / "cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                        .strip()
+                    )
+                    if title and any(
+                        str(self.ray_dir) in os.readlink(entry / "fd" / str(number))
+                        for number in (1, 2)
+                    ):
                         found[int(entry.name)] = title
         return found
 
     def workers(self) -> list[int]:
         return sorted(pid for pid, title in self.processes().items() if "RayTrainWorker" in title)
 
-    def until(self, condition: Callable[[], Any], seconds: float = LIMIT, running: Running | None = None) -> float:
+    def until(
+        self, condition: Callable[[], Any], seconds: float = LIMIT, running: Running | None = None
+    ) -> float:
         """Wait until a condition holds; how long that took."""
         began = time.monotonic()
         while not condition():
             if running is not None and running.process.poll() is not None:
                 pytest.fail(f"ended early: {running.wait()}")
-            assert time.monotonic() - began < seconds, f"not within {seconds} s; processes: {self.processes()}"
+            assert time.monotonic() - began < seconds, (
+                f"not within {seconds} s; processes: {self.processes()}"
+            )
             time.sleep(0.05)
         return time.monotonic() - began
 
@@ -154,7 +212,9 @@ class Launcher:
 
 
 def rows_of(run: Path, saves: bool = False) -> list[dict[str, Any]]:
-    """metrics.jsonl's steps and evaluations, or its saves; while it is being written, without the line that isn't whole yet."""
+    """metrics.jsonl's steps and evaluations, or its saves; while it is being written, without the
+    line that isn't whole yet.
+    """
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launching import Launcher
 
-from tp_trainer.checkpoint.store import Found, Store
+from tp_trainer.checkpoint.store import Store, VerifiedCheckpoint
 
 sys.path.append(str(Path(__file__).parent.parent))
 
@@ -23,14 +23,23 @@ def test_a_run_on_s3_and_its_resume(launcher: Launcher, monkeypatch: pytest.Monk
     with s3_server() as env:
         for key, value in env.items():
             monkeypatch.setenv(key, value)
-        settings = ("parallelism=tp1_dp2", f"checkpoint.storage_path=s3://{BUCKET}/runs", "experiment_name=a", "tracker=none")
+        settings = (
+            "parallelism=tp1_dp2",
+            f"checkpoint.storage_path=s3://{BUCKET}/runs",
+            "experiment_name=a",
+            "tracker=none",
+        )
         ended = launcher.run(*settings, "train.max_steps=6", env={**launcher.env, **env})
-        assert ended.code == 0 and "checkpoint       s3://bucket/runs/a/step_00000006" in ended.out, ended
+        assert (
+            ended.code == 0 and "checkpoint       s3://bucket/runs/a/step_00000006" in ended.out
+        ), ended
         store = Store(f"s3://{BUCKET}/runs/a")
         found = store.check("step_00000006")
-        assert isinstance(found, Found) and store.damage(found, found.files) is None
+        assert isinstance(found, VerifiedCheckpoint) and store.damage(found, found.files) is None
         sizes = [store.fs.size(path) for path in store.fs.find(store.root)]
-        assert sum(sizes) < 2.05 * sum(entry.bytes for entry in found.files.values()), "two checkpoints, and no byte twice"
+        assert sum(sizes) < 2.05 * sum(entry.bytes for entry in found.files.values()), (
+            "two checkpoints, and no byte twice"
+        )
 
         ended = launcher.run(*settings, "train.max_steps=9", env={**launcher.env, **env})
         assert ended.code == 0 and "resumed from step 6" in ended.out, ended

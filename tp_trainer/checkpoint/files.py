@@ -1,87 +1,37 @@
-"""Tensors as plain bytes in files: torch.distributed.checkpoint plans who writes and who reads what, this is its storage.
+"""Tensors as plain bytes in files, and back: torch.distributed.checkpoint plans who writes and who
+reads what, this is its storage.
 
-A file holds chunks of tensors one after another, each row-major and little-endian, nothing between them. metadata.json says
-where they are: `{"tensors": {name: {"dtype", "shape", "chunks": [{"offsets", "sizes", "file", "start", "bytes"}]}}}`, with
-offsets and sizes in elements of the whole tensor, start and bytes in the file. Every part of it is checked before it is used.
+A file holds chunks of tensors one after another, each row-major and little-endian, nothing between
+them; checkpoint/layout.py says where they are.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
 
-from tp_trainer.checkpoint.manifest import FILE, METADATA, Damaged, Entry
-from tp_trainer.checkpoint.store import Found, Sink, Store
+from tp_trainer.checkpoint.directory import RunDirectory, Sink
+from tp_trainer.checkpoint.layout import Chunk, Stored
+from tp_trainer.checkpoint.manifest import METADATA, Damaged, Entry
+from tp_trainer.checkpoint.store import VerifiedCheckpoint
 
-SUFFIX = ".distcp"
-FILE_BYTES = 1 << 30  # after which a rank begins another file
 PIECE_BYTES = 64 << 20  # that go between devices and files at a time
-READ_THREADS, REMOTE_THREADS = 4, 16  # of a directory, of an object store: there it is waiting that takes the time
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
-    torch.bool)}  # fmt: skip
+# of a directory, of an object store: there it is waiting that takes the time
+READ_THREADS, REMOTE_THREADS = 4, 16
 assert sys.byteorder == "little", "files are little-endian, and bytes are taken as they lie"
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A box of a tensor, and where its bytes are."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    start: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a checkpoint."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: list[Chunk]
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-def layout(plans: Sequence[SavePlan]) -> tuple[list[dict[str, list[str]]], dict[str, Any]]:
-    """Where everything goes: for each rank its files with the names of the tensors in them, in order; and metadata.json."""
-    tensors: dict[str, dict[str, Any]] = {}
-    ranks: list[dict[str, list[str]]] = []
-    for rank, plan in enumerate(plans):
-        files: dict[str, list[str]] = {}
-        file, size = "", FILE_BYTES
-        for item in plan.items:
-            data = item.tensor_data
-            assert data is not None, f"{item.index.fqn} is no tensor"
-            count = math.prod(data.chunk.sizes)
-            if not count:
-                continue  # a rank that has nothing of a tensor
-            dtype = str(data.properties.dtype).removeprefix("torch.")
-            entry = tensors.setdefault(item.index.fqn, {"dtype": dtype, "shape": list(data.size), "chunks": []})
-            if size >= FILE_BYTES:
-                file, size = f"{rank:05d}_{len(files):04d}{SUFFIX}", 0
-                files[file] = []
-            files[file].append(item.index.fqn)
-            length = count * data.properties.dtype.itemsize
-            chunk = {"offsets": list(data.chunk.offsets), "sizes": list(data.chunk.sizes), "file": file, "start": size, "bytes": length}
-            entry["chunks"].append(chunk)
-            size += length
-        ranks.append(files)
-    return ranks, {"tensors": tensors}
 
 
 def write_files(
@@ -113,25 +63,31 @@ def write_files(
 
 
 class Pieces:
-    """A tensor's bytes in host memory, piece by piece. Of a GPU's, while one is used the next is on its way."""
+    """A tensor's bytes in host memory, piece by piece. Of a GPU's, while one is used the next is on
+    its way.
+    """
 
     def __init__(self) -> None:
         self.buffers: list[torch.Tensor] = []
 
     def of(self, tensor: torch.Tensor) -> Iterator[memoryview]:
-        """Each piece is good until the next is asked for. On a GPU it copies on the current stream."""
+        """Each piece is good until the next is asked for. GPUs copy on the current stream."""
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         if flat.device.type == "cpu":
             for begin in range(0, flat.numel(), PIECE_BYTES):
                 yield flat[begin : begin + PIECE_BYTES].numpy().data
             return
         if not self.buffers:
-            self.buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self.buffers = [
+                torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
+            ]
         parts = flat.split(PIECE_BYTES)
         events = [torch.cuda.Event(), torch.cuda.Event()]
 
         def fetch(number: int) -> None:
-            self.buffers[number % 2][: parts[number].numel()].copy_(parts[number], non_blocking=True)
+            self.buffers[number % 2][: parts[number].numel()].copy_(
+                parts[number], non_blocking=True
+            )
             events[number % 2].record()
 
         fetch(0)
@@ -142,53 +98,61 @@ class Pieces:
             yield self.buffers[number % 2][: part.numel()].numpy().data
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------------------
 
 
-def read_metadata(found: Found, store: Store | None = None) -> dict[str, Stored]:
-    """The tensors of a checkpoint. Raises Damaged where metadata.json doesn't describe them."""
-    try:
-        content = json.loads((store or found.store).read(f"{found.name}/{METADATA}"))
-        return {name: _stored(each, found.files) for name, each in content["tensors"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise Damaged(f"{METADATA} doesn't describe the files ({type(error).__name__}: {str(error)[:200]})") from error
-
-
-def _stored(value: Mapping[str, Any], files: Mapping[str, Entry]) -> Stored:
-    """One tensor of metadata.json. Raises ValueError, TypeError or KeyError where it can't be so."""
-    dtype, shape = DTYPES[value["dtype"]], _counts(value["shape"])
-    chunks = []
-    for each in value["chunks"]:
-        chunk = Chunk(_counts(each["offsets"]), _counts(each["sizes"]), each["file"], *_counts([each["start"], each["bytes"]]))
-        inside = len(chunk.offsets) == len(chunk.sizes) == len(shape) and all(
-            offset + size <= whole for offset, size, whole in zip(chunk.offsets, chunk.sizes, shape, strict=True))  # fmt: skip
-        if not inside or chunk.bytes != math.prod(chunk.sizes) * dtype.itemsize:
-            raise ValueError("a chunk doesn't lie in its tensor")
-        if not FILE.fullmatch(chunk.file) or chunk.start + chunk.bytes > files[chunk.file].bytes:
-            raise ValueError("a chunk doesn't lie in its file")
-        chunks.append(chunk)
-    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
-        raise ValueError("chunks don't make up their tensor")
-    return Stored(dtype, shape, chunks)
-
-
-def _counts(values: Sequence[Any]) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(each) is int and 0 <= each < 1 << 60 for each in values):
-        raise ValueError("not a list of whole numbers")
-    return tuple(values)
-
-
-def read_tensors(found: Found, stored: Mapping[str, Stored], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill this rank's part of each tensor (sharded or whole, in its own dtype) from a checkpoint, by name. No collective.
+def read_tensors(
+    found: VerifiedCheckpoint, stored: Mapping[str, Stored], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Fill this rank's part of each tensor (sharded or whole, in its own dtype) from a checkpoint,
+    by name. No collective.
 
     Raises:
         Damaged: a file has gone, or the chunks leave something out.
         OSError: it can't be read.
     """
-    known = {name: TensorStorageMetadata(
-        TensorProperties(dtype=each.dtype), torch.Size(each.shape),
-        [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in each.chunks],
-    ) for name, each in stored.items() if name in tensors}  # fmt: skip
+    wanted = {name: each for name, each in stored.items() if name in tensors}
+    items, targets = _planned(wanted, tensors)
+    places = {
+        (name, chunk.offsets): chunk for name, each in wanted.items() for chunk in each.chunks
+    }
+    device = next((target.device for target in targets if target.device.type == "cuda"), None)
+    store = found.store
+
+    def fill(item: ReadItem, target: torch.Tensor) -> None:
+        index = item.storage_index
+        assert index.offset is not None
+        chunk, dtype = places[index.fqn, tuple(index.offset)], stored[index.fqn].dtype
+        _fill(target, chunk, item, dtype, store, found.name)
+
+    def begin() -> None:
+        if device is not None:  # a thread's own current device would be the first one
+            torch.cuda.set_device(device)
+
+    threads = READ_THREADS if store.local else REMOTE_THREADS
+    with ThreadPoolExecutor(threads, initializer=begin) as pool:
+        for _ in pool.map(fill, items, targets):
+            pass
+
+
+def _planned(
+    stored: Mapping[str, Stored], tensors: Mapping[str, torch.Tensor]
+) -> tuple[list[ReadItem], list[torch.Tensor]]:
+    """What this rank reads, box by box, and the local tensors that the boxes go into.
+
+    Raises Damaged where a part of a tensor would stay unfilled.
+    """
+    known = {
+        name: TensorStorageMetadata(
+            TensorProperties(dtype=each.dtype),
+            torch.Size(each.shape),
+            [
+                ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+                for chunk in each.chunks
+            ],
+        )
+        for name, each in stored.items()
+    }
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), Metadata(known), is_coordinator=False)  # type: ignore[arg-type]
     items = planner.create_local_plan().items
@@ -199,45 +163,45 @@ def read_tensors(found: Found, stored: Mapping[str, Stored], tensors: Mapping[st
     for name, tensor in tensors.items():
         if filled.get(name, 0) != local(tensor).numel():
             raise Damaged(f"{METADATA} leaves out a part of {name}")
-    places = {(name, chunk.offsets): chunk for name, each in stored.items() if name in tensors for chunk in each.chunks}
-    device = next((target.device for target in targets if target.device.type == "cuda"), None)
-    store = found.store
-
-    def fill(item: ReadItem, target: torch.Tensor) -> None:
-        index = item.storage_index
-        assert index.offset is not None
-        _fill(target, places[index.fqn, tuple(index.offset)], item, stored[index.fqn].dtype, store, found.name)
-
-    def begin() -> None:
-        if device is not None:  # a thread's own current device would be the first one
-            torch.cuda.set_device(device)
-
-    with ThreadPoolExecutor(READ_THREADS if store.local else REMOTE_THREADS, initializer=begin) as pool:
-        for _ in pool.map(fill, items, targets):
-            pass
+    return items, targets
 
 
-def _fill(target: torch.Tensor, chunk: Chunk, item: ReadItem, dtype: torch.dtype, store: Store, name: str) -> None:
-    """Fill a box of a local tensor from a box of a chunk, so many rows at a time as make a piece."""
+def _fill(
+    target: torch.Tensor,
+    chunk: Chunk,
+    item: ReadItem,
+    dtype: torch.dtype,
+    store: RunDirectory,
+    name: str,
+) -> None:
+    """Fill a local tensor from a box of a chunk, as many rows at a time as make a piece."""
     offsets, lengths, size = list(item.storage_offsets), list(item.lengths), dtype.itemsize
     strides = [math.prod(chunk.sizes[dim + 1 :]) for dim in range(len(chunk.sizes))]
     rows = max(1, PIECE_BYTES // (strides[0] * size)) if strides else 1
     for row in range(0, lengths[0] if lengths else 1, rows):
         shape = [min(rows, lengths[0] - row), *lengths[1:]] if lengths else []
-        first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True)) + (row * strides[0] if strides else 0)
-        count = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-        content = _read_range(store, f"{name}/{chunk.file}", chunk.start + first * size, count * size)
+        first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True)) + (
+            row * strides[0] if strides else 0
+        )
+        count = 1 + sum(
+            (length - 1) * stride for length, stride in zip(shape, strides, strict=True)
+        )
+        content = _read_range(
+            store, f"{name}/{chunk.file}", chunk.start + first * size, count * size
+        )
         block = torch.frombuffer(content, dtype=dtype).as_strided(shape, strides)
         (target.narrow(0, row, shape[0]) if shape else target).copy_(block)
 
 
-def _read_range(store: Store, name: str, start: int, length: int) -> bytearray:
+def _read_range(store: RunDirectory, name: str, start: int, length: int) -> bytearray:
     """Bytes of a file. Raises Damaged where it ends before."""
     content = bytearray(length)
     if store.local:
         with store.open(name) as file:
             done = 0
-            while done < length and (more := os.preadv(file.fileno(), [memoryview(content)[done:]], start + done)):
+            while done < length and (
+                more := os.preadv(file.fileno(), [memoryview(content)[done:]], start + done)
+            ):
                 done += more
     else:
         part = store.fs.cat_file(f"{store.root}/{name}", start=start, end=start + length)
@@ -250,4 +214,8 @@ def _read_range(store: Store, name: str, start: int, length: int) -> bytearray:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor."""
-    return tensor.to_local().detach() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor.detach()
+    return (
+        tensor.to_local().detach()
+        if isinstance(tensor, torch.distributed.tensor.DTensor)
+        else tensor.detach()
+    )

@@ -1,19 +1,18 @@
-"""The small files of a checkpoint: how manifest and state are written, and what is taken for them when they are read."""
+"""A checkpoint's manifest: every file's size and checksum, and its own."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import xxhash
 
-FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a file in a checkpoint: no separator, not hidden, not `..`
+# of a file in a checkpoint: no separator, not hidden, not `..`
+FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", "metadata.json"
 VERSION = 2  # of the manifest; 1 had no checksums, and its tensors a pickled index
-COUNTS = ("step", "epoch", "offset", "tokens", "global_batch_size")
-"""What every state.json has: whole numbers, from 0."""
 
 
 class Entry(NamedTuple):
@@ -27,17 +26,21 @@ class Damaged(Exception):
     """A file is not what was written. The message says which one and how."""
 
 
-def render(value: Mapping[str, Any]) -> bytes:
+def render(value: Mapping[str, object]) -> bytes:
     """The one way in which a value is written: any other text is not what was written."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def checksum(manifest: Mapping[str, Any]) -> str:
+def checksum(manifest: Mapping[str, object]) -> str:
     return str(xxhash.xxh3_128_hexdigest(render(manifest)))
 
 
 def render_manifest(step: int, files: Mapping[str, Entry]) -> bytes:
-    manifest = {"version": VERSION, "step": step, "files": {file: entry._asdict() for file, entry in files.items()}}
+    manifest = {
+        "version": VERSION,
+        "step": step,
+        "files": {file: entry._asdict() for file, entry in files.items()},
+    }
     return render({**manifest, "checksum": checksum(manifest)})
 
 
@@ -49,31 +52,30 @@ def parse_manifest(content: bytes, step: int) -> dict[str, Entry]:
         if written.get("version") == 1:
             raise Damaged(f"{MANIFEST} is of an earlier version of this program, without checksums")
         stated = written.pop("checksum")
-        if stated != checksum(written) or content != render(values) or written["version"] != VERSION:
+        if (
+            stated != checksum(written)
+            or content != render(values)
+            or written["version"] != VERSION
+        ):
             raise Damaged(f"{MANIFEST} is not what was written")
         if written["step"] != step:
             raise Damaged(f"{MANIFEST} is of step {written['step']}")
-        files = {file: Entry(each["bytes"], each["xxh3_128"]) for file, each in written["files"].items()}
+        files = {
+            file: Entry(each["bytes"], each["xxh3_128"]) for file, each in written["files"].items()
+        }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Damaged(f"{MANIFEST} is not what was written") from error
     for file, entry in files.items():
-        if not FILE.fullmatch(file) or not _is_count(entry.bytes) or not isinstance(entry.xxh3_128, str):
+        if (
+            not FILE.fullmatch(file)
+            or not is_count(entry.bytes)
+            or not isinstance(entry.xxh3_128, str)
+        ):
             raise Damaged(f"{MANIFEST} names {file[:80]!r}")
     if STATE not in files or METADATA not in files:
         raise Damaged(f"{MANIFEST} lacks {STATE} or {METADATA}")
     return files
 
 
-def parse_state(content: bytes, step: int) -> dict[str, Any]:
-    """The state in a state.json. Raises Damaged."""
-    try:
-        state = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{STATE} is no JSON") from error
-    if not isinstance(state, dict) or not all(_is_count(state.get(key)) for key in COUNTS) or state["step"] != step:
-        raise Damaged(f"{STATE} lacks one of {', '.join(COUNTS)}, or it is of another step")
-    return state
-
-
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

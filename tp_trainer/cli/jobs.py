@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
+import os
 import sys
 import traceback
 from contextlib import suppress
@@ -16,26 +16,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tp_trainer.cli.composition import as_typed, values_typed
+from tp_trainer.cli.again import command_of
+from tp_trainer.cli.arguments import values_typed
+from tp_trainer.cli.composition import as_typed
 from tp_trainer.cli.mesh import draw_mesh
-from tp_trainer.config import Config, ConfigError, load, plain, translate
+from tp_trainer.cli.saved import follow_directory
+from tp_trainer.config import COMMAND, Config, ConfigError, load, plain, translate
+from tp_trainer.tasks import LOSS, TASKS
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-TASKS = {  # what a task calls with the checked Config; imported only then, since all of them import ray
-    "train": "tp_trainer.tasks.train:run",
-    "export": "tp_trainer.tasks.export:run",
-    "verify": "tp_trainer.tasks.verify:run",
-    "bench": "tp_trainer.tasks.bench:run",
-}
-NO_OBJECTIVE = math.inf  # the worst of losses: optuna's sweeper takes it and goes on, NaN or an exception would end the sweep
+# the worst of losses: optuna's sweeper takes it and goes on, NaN or an exception would end the
+# sweep
+NO_OBJECTIVE = math.inf
 
 
 def app(cfg: DictConfig) -> float:
-    """What Hydra calls for each job. Returns the objective (see `_objective`)."""
+    """What Hydra calls for each job. Returns what sweepers minimise (see `_execute`)."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return _sweep_job(cfg)
     try:
-        return _objective(_execute(_load(cfg)))
+        return _execute(_load(cfg))
     except Exception as error:
         code = _exit_code(error)
         if code is None:
@@ -46,39 +46,45 @@ def app(cfg: DictConfig) -> float:
 
 def _load(cfg: DictConfig) -> Config:
     """The checked Config of a composed job. Raises ConfigError, with the value as it was typed."""
+    hydra = HydraConfig.get()
+    typed = values_typed(as_typed(hydra))
     try:
         values = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(values, dict)
-        return load({str(key): value for key, value in values.items()})
+        plain_values = {str(key): value for key, value in values.items()}
+        directory = next(
+            str(each.path) for each in hydra.runtime.config_sources if each.provider == "main"
+        )
+        notices = follow_directory(plain_values, directory, str(hydra.job.config_name), typed)
+        config = load(plain_values)
+        os.environ[COMMAND] = json.dumps(command_of(hydra, config))
+        for notice in notices:
+            print(notice, flush=True)
+        return config
     except (ConfigError, OmegaConfBaseException) as error:
         refused = error if isinstance(error, ConfigError) else translate(error)
-        typed = values_typed(as_typed(HydraConfig.get()))
-        raise ConfigError(refused.key, typed.get(refused.key, refused.value), refused.message) from error
+        raise ConfigError(
+            refused.key, typed.get(refused.key, refused.value), refused.message
+        ) from error
 
 
-def _execute(config: Config) -> dict[str, Any]:
-    """Do the task; its summary."""
+def _execute(config: Config) -> float:
+    """Do the task. Returns the number that sweepers minimise; infinite where it gave none."""
     if config.dry_run:
         shown = plain(config)
         shown["cluster"]["env"] = dict.fromkeys(config.cluster.env, "***")
         print(OmegaConf.to_yaml(OmegaConf.create(shown)))
         print(draw_mesh(config.parallelism))
-        return {}
-    module, _, name = TASKS[config.task].partition(":")
-    summary: dict[str, Any] = getattr(importlib.import_module(module), name)(config)
-    return summary
-
-
-def _objective(summary: dict[str, Any]) -> float:
-    """What sweepers minimise: the final validation loss, of a bench minus the tokens/s of a worker; infinite where there is none."""
-    if (rate := summary.get("tokens_per_second_per_gpu")) is not None:
-        return -float(rate)
-    loss = summary.get("validation_loss")
-    return NO_OBJECTIVE if loss is None else float(loss)
+        return NO_OBJECTIVE
+    task = TASKS[config.task]
+    objective = task.objective.of(task.run(config))
+    return NO_OBJECTIVE if objective is None else objective
 
 
 def _exit_code(error: Exception) -> int | None:
-    """2 for what the user asked, 1 for a run that failed with a line of its own, None for what nobody foresaw."""
+    """2 for what the user asked, 1 for a run that failed with a line of its own, None for what
+    nobody foresaw.
+    """
     if isinstance(error, ConfigError):
         return REFUSED
     driver = sys.modules.get("tp_trainer.driver")
@@ -92,8 +98,15 @@ def _sweep_job(cfg: DictConfig) -> float:
     """
     hydra = HydraConfig.get()
     path = Path(hydra.runtime.output_dir) / "job.json"
-    job: dict[str, Any] = {"number": hydra.job.num, "task": cfg.get("task"), "overrides": as_typed(hydra), "status": "running",
-                           "objective": None, "run_dir": None, "error": None}  # fmt: skip
+    job: dict[str, Any] = {
+        "number": hydra.job.num,
+        "task": cfg.get("task"),
+        "overrides": as_typed(hydra),
+        "status": "running",
+        "objective": None,
+        "run_dir": None,
+        "error": None,
+    }
 
     def write(**changes: Any) -> None:
         job.update(changes)
@@ -103,14 +116,17 @@ def _sweep_job(cfg: DictConfig) -> float:
     try:
         config = _load(cfg)
         write(run_dir=config.run_dir)
-        objective = _objective(_execute(config))
+        objective = _execute(config)
         write(status="done", objective=objective if math.isfinite(objective) else None)
         return objective
     except Exception as error:
         code = _exit_code(error)
         if code is None:
             traceback.print_exc()
-        complain(f"job {job['number']}: {error if code is not None else f'{type(error).__name__}: {error}'}")
+        complain(
+            f"job {job['number']}:"
+            f" {error if code is not None else f'{type(error).__name__}: {error}'}"
+        )
         write(status="refused" if code == REFUSED else "failed", error=" ".join(str(error).split()))
         return NO_OBJECTIVE
     except BaseException:
@@ -135,17 +151,20 @@ def report_sweep(sweep_dir: Path, expected: int) -> bool:
             jobs.append(json.loads(path.read_text()))
     jobs.sort(key=lambda job: job["number"])
     common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
-    table = Table(title=f"{len(jobs)} jobs of {sweep_dir}", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{len(jobs)} jobs of {sweep_dir}", title_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("job", justify="right")
     table.add_column("what varied", overflow="fold")
     table.add_column("status")
-    benches = bool(jobs) and all(job["task"] == "bench" for job in jobs)
-    table.add_column("tokens/s per worker" if benches else "validation loss", justify="right")
+    kinds = {TASKS[job["task"]].objective for job in jobs if job["task"] in TASKS}
+    objective = kinds.pop() if len(kinds) == 1 else LOSS
+    table.add_column(objective.title, justify="right")
     table.add_column("run directory", overflow="fold")
     for job in jobs:
         varied = " ".join(override for override in job["overrides"] if override not in common)
-        objective = "" if job["objective"] is None else f"{-job['objective']:,.0f}" if benches else f"{job['objective']:.4f}"
-        table.add_row(str(job["number"]), varied, job["status"], objective, job["run_dir"] or "")
+        value = "" if job["objective"] is None else objective.shown(job["objective"])
+        table.add_row(str(job["number"]), varied, job["status"], value, job["run_dir"] or "")
     console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
     console.print(table)
     return len(jobs) >= expected and all(job["status"] == "done" for job in jobs)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from tp_trainer.config.errors import ConfigError
-from tp_trainer.config.schema import Config, Model
+from tp_trainer.config.fields import check_ranges, with_overrides
+from tp_trainer.config.schema import Model, Settings
+from tp_trainer.config.towers import PARTS, text_part
 
 
-def architecture(config: Config) -> Architecture:
+def architecture(config: Settings) -> Architecture:
     """The numbers of the chosen model."""
     where = f"model.name={config.model.name}" if config.model.name else "model.architecture"
     return Architecture.of(config.model.architecture, where)
@@ -38,101 +42,271 @@ class Architecture:
 
     @classmethod
     def of(cls, numbers: Mapping[str, Any], where: str) -> Architecture:
-        """From the fields of a transformers config. Raises ConfigError naming the first one that is missing."""
-        numbers = {**numbers, **(numbers.get("text_config") or {})}
+        """From the fields of a transformers config. Raises ConfigError naming the first one that is
+        missing.
+        """
 
-        def need(name: str) -> int:
-            value = numbers.get(name)
+        def refuse(name: str, why: str) -> ConfigError:
+            return ConfigError(where, None, f"{name} is {numbers[name]!r}, {why}")
+
+        def need(name: str, default: int | None = None) -> int:
+            value = numbers.get(name) if numbers.get(name) is not None else default
+            if value is None:
+                raise ConfigError(
+                    where,
+                    None,
+                    f"{name} is missing: only dense decoders that state it can be trained",
+                )
             if isinstance(value, bool) or not isinstance(value, int):
-                raise ConfigError(where, None, f"{name} is {'missing' if value is None else f'{value!r}, not a whole number'}: "
-                                  "only dense decoders that state it can be trained")
+                raise refuse(name, "not a whole number")
+            if value < 1:
+                raise refuse(name, "must be at least 1")
             return value
 
-        if not numbers.get("model_type"):
-            raise ConfigError(where, None, "model_type is missing; give model.name=<hub id or directory> or model=<group>")
-        experts = numbers.get("num_local_experts") or numbers.get("num_experts") or numbers.get("n_routed_experts")
+        _check_kind(numbers, where)
+        experts = (
+            numbers.get("num_local_experts")
+            or numbers.get("num_experts")
+            or numbers.get("n_routed_experts")
+        )
         if experts:
-            raise ConfigError(where, None, f"is a mixture of {experts} experts; only dense models can be trained")
+            raise ConfigError(
+                where, None, f"is a mixture of {experts} experts; only dense models can be trained"
+            )
         heads, hidden = need("num_attention_heads"), need("hidden_size")
+        vocab_size = need("vocab_size")
+        if heads % need("num_key_value_heads", heads):
+            raise refuse("num_key_value_heads", f"must divide num_attention_heads={heads}")
+        check_ranges(numbers, where)
+        padding = numbers.get("pad_token_id")
+        if isinstance(padding, int) and not -vocab_size <= padding < vocab_size:
+            raise refuse("pad_token_id", f"but the vocabulary has only {vocab_size} entries")
         return cls(
             model_type=str(numbers["model_type"]),
-            vocab_size=need("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden,
             intermediate_size=need("intermediate_size"),
             num_hidden_layers=need("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=numbers.get("num_key_value_heads") or heads,
-            head_dim=numbers.get("head_dim") or hidden // heads,
+            num_key_value_heads=need("num_key_value_heads", heads),
+            head_dim=need("head_dim", hidden // heads),
             max_position_embeddings=need("max_position_embeddings"),
             tie_word_embeddings=bool(numbers.get("tie_word_embeddings", False)),
         )
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of a gated-MLP decoder, biases and norms left out (under 0.1 % of any real model)."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        """Parameters of a gated-MLP decoder, biases and norms left out (under 0.1 % of any real
+        model).
+        """
+        attention = (
+            self.hidden_size
+            * self.head_dim
+            * 2
+            * (self.num_attention_heads + self.num_key_value_heads)
+        )
         mlp = 3 * self.hidden_size * self.intermediate_size
         tables = 1 if self.tie_word_embeddings else 2
-        return self.num_hidden_layers * (attention + mlp) + tables * self.vocab_size * self.hidden_size
+        return (
+            self.num_hidden_layers * (attention + mlp) + tables * self.vocab_size * self.hidden_size
+        )
 
     def tp_degrees(self) -> list[int]:
-        """The tensor-parallel degrees that work: they divide heads and intermediate size, and divide or, where they can be
-        replicated, are a multiple of the key/value heads. The vocabulary may be split unevenly."""
-        common, kv = math.gcd(self.num_attention_heads, self.intermediate_size), self.num_key_value_heads
-        return [n for n in range(1, common + 1) if common % n == 0 and (kv % n == 0 or (n % kv == 0 and self.replicates_key_value_heads))]
+        """The tensor-parallel degrees that work: they divide heads and intermediate size, and
+        divide or are a multiple of the key/value heads (a few families can't replicate those:
+        models.split). The vocabulary may be split unevenly.
+        """
+        common, kv = (
+            math.gcd(self.num_attention_heads, self.intermediate_size),
+            self.num_key_value_heads,
+        )
+        return [n for n in range(1, common + 1) if common % n == 0 and (kv % n == 0 or n % kv == 0)]
 
-    @property
-    def replicates_key_value_heads(self) -> bool:
-        """Not where one norm spans the keys of all heads."""
-        return self.model_type != "olmo2"
+
+def _check_kind(numbers: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError where no model type is given, and for a multimodal wrapper."""
+    if not numbers.get("model_type"):
+        raise ConfigError(
+            where,
+            None,
+            "model_type is missing; give model.name=<hub id or directory> or model=<group>",
+        )
+    if parts := [name for name in PARTS if isinstance(numbers.get(name), Mapping)]:
+        raise ConfigError(
+            "model.architecture.model_type",
+            str(numbers["model_type"]),
+            f"is made of several models ({', '.join(parts)}); only a text model by itself can be"
+            " trained",
+        )
 
 
 def architecture_fields(model: Model) -> dict[str, Any]:
-    """The transformers config fields of the chosen model: the group's, the directory's, or the hub's config.json.
+    """The transformers config fields of the chosen model: the group's, the directory's, or the
+    hub's config.json.
 
-    The group's architecture holds for the name that it carries (`_name_or_path`); another `model.name` replaces it.
+    The group's architecture holds for the name that it carries (`_name_or_path`); another
+    `model.name` replaces it.
     """
     own = model.architecture.get("_name_or_path")
     if model.architecture and model.name in (None, own):
         fields = dict(model.architecture)
     elif model.name is None:
-        raise ConfigError("model.name", None, "nothing names a model: give model=<group> or model.name=<hub id or directory>")
+        raise ConfigError(
+            "model.name",
+            None,
+            "nothing names a model: give model=<group> or model.name=<hub id or directory>",
+        )
     else:
-        fields = json.loads(_config_file(model.name).read_text())
-    if "num_hidden_layers" in model.overrides:
-        fields.pop("layer_types", None)  # one for each layer, written by transformers 5: it derives them anew
-    return {**fields, **model.overrides}
+        content = _read_config(model.name, model.revision)
+        text = text_part(content)
+        fields = {**content, FROM_FILE: True}
+        if text is not None:
+            fields = {**text, FROM_FILE: str(content["model_type"])}
+        if own is None and FROM_FILE not in model.architecture:  # written beside the name, by hand
+            _check_agrees(model.architecture, fields, model.name)
+    return with_overrides(fields, model.overrides)
+
+
+def _check_agrees(written: Mapping[str, Any], fields: Mapping[str, Any], name: str) -> None:
+    """Raises ConfigError where a config says other numbers than the model that it names."""
+    for key, value in written.items():
+        if key not in fields or fields[key] != value:
+            says = repr(fields[key]) if key in fields else "nothing"
+            why = f"the config.json of model.name={name} says {says}"
+            hint = f"leave it out, or give model.overrides.{key}"
+            raise ConfigError(f"model.architecture.{key}", value, f"{why}; {hint}")
+
+
+# of fields that came from a file (of a multimodal model's, its type: they are its text part's):
+# among them may be some that transformers doesn't know
+FROM_FILE = "_from_config_json"
+
+
+def _read_config(name: str, revision: str | None) -> dict[str, Any]:
+    """The content of a model's config.json. Raises ConfigError."""
+    path = _config_file(name, revision)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("model.name", name, f"its config.json can't be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError("model.name", name, "its config.json holds no keys and values")
+    return content
 
 
 HUB_TIMEOUT = 3  # seconds until the hub counts as out of reach
 
 
-def _config_file(name: str) -> Path:
+def _config_file(name: str, revision: str | None) -> Path:
     """config.json of a model directory, or of a hub id (fetched, or from the hub's cache)."""
-    if Path(name).is_dir():
-        path = Path(name) / "config.json"
-        if not path.is_file():
-            raise ConfigError("model.name", name, "this directory has no config.json")
-        return path
+    place = Path(name)
+    if place.is_dir():
+        path = place / "config.json"
+        if path.is_file():
+            return path
+        if weights := sorted(place.glob("*.gguf")):
+            raise ConfigError("model.name", name, no_safetensors(place, weights))
+        if (place / ADAPTER).is_file():
+            raise ConfigError("model.name", name, ADAPTER_REFUSED)
+        raise ConfigError("model.name", name, "this directory has no config.json")
+    if place.is_file():
+        why = (
+            no_safetensors(place.parent, [place])
+            if place.suffix == ".gguf"
+            else f"is a file; give its directory: {place.parent}"
+        )
+        raise ConfigError("model.name", name, why)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise ConfigError("model.name", name, "no such directory, and not a hub id (owner/model)")
     try:
-        return hub_file(name, "config.json")
+        return hub_file(name, "config.json", revision)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError("model.name", name, f"no such directory, and the hub gave no config.json ({reason})") from error
+        raise ConfigError(
+            "model.name", name, f"no such directory, and the hub gave no config.json ({reason})"
+        ) from error
 
 
-def hub_file(name: str, file: str) -> Path:
-    """A file of a hub id, fetched or from the hub's cache. Raises soon where the hub is out of reach."""
-    # huggingface_hub imports in 0.2 s, and only where the hub is asked; its own retries would take half a minute
-    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+ADAPTER = "adapter_config.json"
+ADAPTER_REFUSED = (
+    "holds a PEFT adapter, not a model; merge it into its base first (PeftModel.merge_and_unload)"
+    " and give the merged one"
+)
 
-    cached = try_to_load_from_cache(name, file)
+
+def no_safetensors(directory: Path, files: Sequence[Path]) -> str:
+    """Why weights in other formats aren't read, and the Python that converts them once."""
+    target = f"{directory.name}-safetensors"
+    if gguf := [path for path in files if path.suffix == ".gguf"]:
+        more = [
+            "import torch",
+            "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, GgufConfig",
+            f"d, f = '{directory}', '{gguf[0].name}'",
+            (
+                "m = M.from_pretrained(d, gguf_file=f, dtype=torch.float32,"
+                " quantization_config=GgufConfig(dequantize=True))"
+            ),
+            "m.config.__dict__.pop('quantization_config', None)",
+            f"m.save_pretrained('{target}')",
+            f"T.from_pretrained(d, gguf_file=f).save_pretrained('{target}')",
+        ]
+        kind = f"GGUF weights ({gguf[0].name})"
+    else:
+        more = [
+            "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T",
+            f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{target}')",
+            f"T.from_pretrained('{directory}').save_pretrained('{target}')",
+        ]
+        kind = f"pickled weights ({files[0].name})"
+    return (
+        f'has only {kind}, which are not read; convert them once: python -c "{"; ".join(more)}",'
+        f" then give model.name={target}"
+    )
+
+
+@cache
+def _reachable(host: str) -> bool:
+    """Whether the hub's host answers soon; its client's own retries would take half a minute."""
+    if any(
+        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    ):
+        return True  # the proxy's to say
+    try:
+        with socket.create_connection((host, 443), timeout=HUB_TIMEOUT):
+            return True
+    except OSError:
+        return False
+
+
+def hub_file(name: str, file: str, revision: str | None = None) -> Path:
+    """A file of a hub id, fetched where the hub has a newer one than its cache; from the cache
+    where it is out of reach.
+
+    Raises:
+        LookupError: the hub, or what is cached of it, has no such file.
+        OSError: neither the hub nor its cache can be asked. Raised soon.
+    """
+    from huggingface_hub import (
+        _CACHED_NO_EXIST,
+        constants,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    host = urlsplit(hf_hub_url(name, file)).hostname or ""
+    if not constants.HF_HUB_OFFLINE and _reachable(host):
+        try:
+            return Path(hf_hub_download(name, file, revision=revision, etag_timeout=HUB_TIMEOUT))
+        except LocalEntryNotFoundError:
+            pass  # the connection broke, and it is not in the cache
+        except EntryNotFoundError as error:
+            raise LookupError(f"{name} has no {file}") from error
+    cached = try_to_load_from_cache(name, file, revision=revision)
     if isinstance(cached, str):
         return Path(cached)
-    if constants.HF_HUB_OFFLINE:
-        raise OSError("HF_HUB_OFFLINE is set, and it is not in the cache")
-    with socket.create_connection((urlsplit(hf_hub_url(name, file)).hostname or "", 443), timeout=HUB_TIMEOUT):
-        pass
-    return Path(hf_hub_download(name, file, etag_timeout=HUB_TIMEOUT))
+    if cached is _CACHED_NO_EXIST:
+        raise LookupError(f"{name} has no {file}")
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{host} can't be reached"
+    raise OSError(f"{why}, and {file} is not in the cache")

@@ -1,4 +1,6 @@
-"""What makes a run the same run: the choices that shape its numbers, its derived name, what a resume may not change."""
+"""What makes a run the same run: the choices that shape its numbers, its derived name, what a
+resume may not change.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +12,57 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tp_trainer.config.architecture import FROM_FILE
 from tp_trainer.config.errors import ConfigError, nearest, shown
-from tp_trainer.config.schema import Config
+from tp_trainer.config.resolved import Config
 
 RUN_LENGTH = ("num_epochs", "max_steps_per_epoch", "max_steps")
-INTERVALS = ("log_interval", "eval_interval", "eval_batches", "drift_interval", "profile", "max_skipped_steps")
+INTERVALS = (
+    "log_interval",
+    "eval_interval",
+    "eval_batches",
+    "drift_interval",
+    "profile",
+    "max_skipped_steps",
+)
 
 
 def choices(config: Config) -> dict[str, Any]:
-    """Every choice that shapes the numbers of a run, by group: run length, intervals and where it runs left out."""
+    """Every choice that shapes the numbers of a run, by group: run length, intervals and where it
+    runs left out.
+    """
     values = asdict(config)
     kept = {key: values[key] for key in ("seed", "model", "parallelism", "data", "optim", "train")}
     for key in RUN_LENGTH + INTERVALS:
         del kept["train"][key]
     del kept["model"]["recipe"], kept["data"]["cache_dir"]
+    kept["model"]["overrides"] = {}  # they are in the architecture
+    kept["model"]["architecture"].pop(FROM_FILE, None)
+    for key in ("family", "revision"):  # runs from before there was a choice keep their names
+        if kept["model"][key] is None:
+            del kept["model"][key]
     for key in ("cuda_graphs", "async_tp", "direct_fsdp", "reshard_after_forward"):
         del kept["parallelism"][key]
+    if kept["data"]["revision"] is None:  # what it is where it is null, the tokens' own check holds
+        del kept["data"]["revision"]
     if not kept["parallelism"]["float8"]:  # runs from before there was a choice keep their names
         del kept["parallelism"]["float8"]
     return kept
 
 
 def derived_name(config: Config) -> str:
-    """A name that is the same for the same choices: a readable part and a hash of all that shapes the numbers."""
-    digest = hashlib.sha256(json.dumps(choices(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    """A name that is the same for the same choices: a readable part and a hash of all that shapes
+    the numbers.
+    """
+    digest = hashlib.sha256(
+        json.dumps(choices(config), sort_keys=True, default=str).encode()
+    ).hexdigest()[:8]
     data = Path(config.data.name).stem if config.data.name else config.data.source
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model_name(config)}-{data}-{config.parallelism.layout}-{digest}").lower()
+    return re.sub(
+        r"[^A-Za-z0-9._-]+",
+        "-",
+        f"{model_name(config)}-{data}-{config.parallelism.layout}-{digest}",
+    ).lower()
 
 
 def model_name(config: Config) -> str:
@@ -44,23 +71,30 @@ def model_name(config: Config) -> str:
     return Path(str(config.model.name or fields.get("_name_or_path") or fields["model_type"])).name
 
 
-MAY_CHANGE = ("train.micro_batch_size", "train.global_batch_size")  # the batch has a check of its own
+# the batch and the tokens have checks of their own
+MAY_CHANGE = ("train.micro_batch_size", "train.global_batch_size", "data.revision")
 
 
 def check_same_run(config: Config, stored: Mapping[str, Any], place: str) -> None:
     """Raises ConfigError where a resume would change what a run is, with every field that differs.
 
-    Layout, micro-batch, run length and intervals may change, and what `checkpoint.allow_mismatch` names.
+    Layout (but not the precision of its arithmetic), micro-batch, run length and intervals may
+    change, and what `checkpoint.allow_mismatch` names.
 
     Args:
         stored: the config.yaml that the checkpoint was made with, as plain dictionaries.
         place: the directory that it lies in.
     """
-    mine, theirs = _compared(choices(config)), _compared(stored)
-    # a key that one of them lacks came or went with a release; of an architecture, every field counts
+    mine, theirs = _mine(config), _compared(stored)
+    # a key that one of them lacks came or went with a release; of an architecture, every field
+    # counts
     keys = [key for key in mine if key in theirs or key.startswith(ARCHITECTURE)]
     keys += [key for key in theirs if key not in mine and key.startswith(ARCHITECTURE)]
-    differing = [key for key in keys if mine.get(key) != theirs.get(key) and not _allowed(key, config.checkpoint.allow_mismatch)]
+    differing = [
+        key
+        for key in keys
+        if mine.get(key) != theirs.get(key) and not _allowed(key, config.checkpoint.allow_mismatch)
+    ]
     if not differing:
         return
 
@@ -69,35 +103,60 @@ def check_same_run(config: Config, stored: Mapping[str, Any], place: str) -> Non
 
     first, *others = differing
     more = "".join(f"; {key}={said(mine.get(key))}: with {said(theirs.get(key))}" for key in others)
-    auto = "give another experiment_name (null derives one), or checkpoint.resume=never to start it anew"
+    auto = (
+        "give another experiment_name (null derives one), or checkpoint.resume=never to start it"
+        " anew"
+    )
     hint = auto if config.checkpoint.resume == "auto" else "leave as they were"
-    raise ConfigError(first, said(mine.get(first)), f"the run in {place} was started with {said(theirs.get(first))}{more}; "
-                      f"{hint}, or let it through: checkpoint.allow_mismatch={shown(differing)}")  # fmt: skip
+    raise ConfigError(
+        first,
+        said(mine.get(first)),
+        f"the run in {place} was started with {said(theirs.get(first))}{more}; "
+        f"{hint}, or let it through: checkpoint.allow_mismatch={shown(differing)}",
+    )
 
 
 def check_same_tokens(config: Config, mine: str, theirs: str | None, place: str) -> None:
-    """Raises ConfigError where a resume would go on with other tokens than it was started with, whatever the keys say.
+    """Raises ConfigError where a resume would go on with other tokens than it was started with,
+    whatever the keys say.
 
     Args:
         mine: the identity of the training tokens.
         theirs: that of the checkpoint's run; None where it doesn't say.
     """
-    allowed = any(_allowed(key, config.checkpoint.allow_mismatch) for key in ("data.name", "data.tokenizer"))
+    allowed = any(
+        _allowed(key, config.checkpoint.allow_mismatch) for key in ("data.name", "data.tokenizer")
+    )
     if theirs not in (None, mine) and not allowed:
-        raise ConfigError("data.source", config.data.source,
-                          f"these are other tokens than {place} was trained on (another text or tokenizer of the same name); "
-                          "give another experiment_name, or let it through: checkpoint.allow_mismatch=[data]")  # fmt: skip
+        of_hub = config.data.source == "hub"
+        hint = "give data.revision=<the commit it was trained on>, " if of_hub else "give "
+        raise ConfigError(
+            "data.source",
+            config.data.source,
+            f"these are other tokens than {place} was trained on (another text or tokenizer of the"
+            f" same name); {hint}another experiment_name, or let it through:"
+            " checkpoint.allow_mismatch=[data]",
+        )
 
 
 def check_mismatch_names(config: Config) -> None:
     """Raises ConfigError for a name in `checkpoint.allow_mismatch` that no resume compares."""
-    compared = [key for key in _compared(choices(config)) if key not in MAY_CHANGE]
+    compared = [key for key in _mine(config) if key not in MAY_CHANGE]
     names = {key.rsplit(".", depth)[0] for key in compared for depth in range(3)}
     for name in config.checkpoint.allow_mismatch:
         if name not in names and not name.startswith(ARCHITECTURE):
             near = nearest(name, sorted(names))
-            raise ConfigError("checkpoint.allow_mismatch", name, "no resume compares that" + (f"; did you mean {near}?" if near else
-                              "; a key of model, data, optim or train is wanted, or seed"))  # fmt: skip
+            raise ConfigError(
+                "checkpoint.allow_mismatch",
+                name,
+                "no resume compares that"
+                + (
+                    f"; did you mean {near}?"
+                    if near
+                    else "; a key of model, data, optim or train is wanted, seed, or one of "
+                    + ", ".join(PRECISION)
+                ),
+            )
 
 
 ARCHITECTURE = "model.architecture."
@@ -108,12 +167,27 @@ def _allowed(key: str, names: Sequence[str]) -> bool:
     return key in MAY_CHANGE or any(key == name or key.startswith(f"{name}.") for name in names)
 
 
+# the one part of `parallelism` that isn't layout
+PRECISION = ("parallelism.float8", "parallelism.param_dtype", "parallelism.reduce_dtype")
+
+
+def _mine(config: Config) -> dict[str, Any]:
+    return _compared({**choices(config), "parallelism": asdict(config.parallelism)})
+
+
 def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
     groups = [group for group in ("seed", "model", "data", "optim", "train") if group in values]
-    return {key: leaf for group in groups for key, leaf in _flat(values[group], group).items()}
+    leaves = {key: leaf for group in groups for key, leaf in _flat(values[group], group).items()}
+    leaves.pop(ARCHITECTURE + FROM_FILE, None)
+    layout = _flat(values.get("parallelism", {}), "parallelism")
+    return leaves | {key: layout[key] for key in PRECISION if key in layout}
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {prefix: value}
-    return {key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}.{name}").items()}
+    return {
+        key: leaf
+        for name, part in value.items()
+        for key, leaf in _flat(part, f"{prefix}.{name}").items()
+    }

@@ -1,34 +1,17 @@
-"""The schema: a dataclass per configuration group, each field with its default, its meaning and the values that it may take."""
+"""The schema: a dataclass per configuration group, each field with its default, its meaning and the
+values that it may take. Here the groups of the training itself, and the whole.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    one_of: Sequence[str] | None = None,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field with its meaning and the values that it may take (null is always let through)."""
-    metadata = {"help": help, "one_of": one_of, "least": least, "above": above, "most": most, "below": below}
-    if isinstance(default, (list, dict)):
-        kind = type(default)
-        return field(default_factory=lambda: kind(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-DTYPES = ("float32", "bfloat16", "float16")
+from tp_trainer.config.setting import DTYPES, UNSCALED, setting
+from tp_trainer.config.surroundings import Bench, Checkpoint, Cluster, Export, Tracker, Verify
 
 
 @dataclass
@@ -41,31 +24,80 @@ class Recipe:
 
 @dataclass
 class Model:
-    name: str | None = setting(None, "hub id or directory; given alone, it replaces the group's architecture")
-    weights: str | None = setting(
-        None, "pretrained or random; null = pretrained, random where the group names no model", one_of=("pretrained", "random")
+    name: str | None = setting(
+        None, "hub id or directory; given alone, it replaces the group's architecture"
     )
-    architecture: dict[str, Any] = setting({}, "the numbers of a transformers config (model_type, hidden_size, ...)")
-    overrides: dict[str, Any] = setting({}, "config fields put over the architecture, e.g. model.overrides.num_hidden_layers=2")
+    revision: str | None = setting(None, "the hub id's branch, tag or commit; null = main")
+    weights: str | None = setting(
+        None,
+        "pretrained or random; null = pretrained, random where the group names no model",
+        one_of=("pretrained", "random"),
+    )
+    architecture: dict[str, Any] = setting(
+        {}, "the numbers of a transformers config (model_type, hidden_size, ...)"
+    )
+    overrides: dict[str, Any] = setting(
+        {}, "config fields put over the architecture, e.g. model.overrides.num_hidden_layers=2"
+    )
+    family: str | None = setting(
+        None,
+        "package.module:name of the record (tp_trainer.models.families.Family) of a family that"
+        " has none here",
+    )
     trust_remote_code: bool = setting(False, "run code that comes with the model")
-    recipe: Recipe = field(default_factory=Recipe, metadata={"help": "what the group suggests for data.seq_length and optim.lr"})
+    recipe: Recipe = field(
+        default_factory=Recipe,
+        metadata={"help": "what the group suggests for data.seq_length and optim.lr"},
+    )
 
 
 @dataclass
 class Parallelism:
     tp: int = setting(2, "tensor-parallel degree (innermost mesh dimension)", least=1)
     dp: int = setting(2, "data-parallel degree, replicas included", least=1)
-    dp_replicate: int = setting(1, "HSDP: how many times the sharded parameters are replicated; divides dp", least=1)
-    sequence_parallel: bool = setting(True, "split norms and the residual stream over tp along the sequence")
-    activation_checkpointing: str = setting("none", "recompute activations in the backward pass", one_of=("none", "full", "selective"))
+    dp_replicate: int = setting(
+        1, "HSDP: how many times the sharded parameters are replicated; divides dp", least=1
+    )
+    sequence_parallel: bool = setting(
+        True, "split norms and the residual stream over tp along the sequence"
+    )
+    activation_checkpointing: str = setting(
+        "none", "recompute activations in the backward pass", one_of=("none", "full", "selective")
+    )
     compile: bool | None = setting(None, "torch.compile each block; null = on GPUs")
-    cuda_graphs: bool | None = setting(None, "replay micro-batches as CUDA graphs; null = on GPUs, with compile")
-    async_tp: bool | None = setting(None, "multiply beside tp's exchange; null = at tp2_dp1, with compile, on GPUs that reach one another")
-    direct_fsdp: bool | None = setting(None, "FSDP2's exchange without its copies; null = at tp1_dp2, on GPUs that reach one another")
-    reshard_after_forward: bool = setting(True, "free a block's parameters until its backward pass; false = gathered once, more memory")
-    float8: bool = setting(False, "multiply in float8 in the linears of the blocks, forward and backward")
-    param_dtype: str | None = setting(None, "dtype of compute; null = bfloat16 on GPUs, float32 on CPU", one_of=DTYPES)
-    reduce_dtype: str | None = setting(None, "dtype of gradient reduction; null = float32", one_of=DTYPES)
+    cuda_graphs: bool | None = setting(
+        None, "replay micro-batches as CUDA graphs; null = on GPUs, with compile"
+    )
+    async_tp: bool | None = setting(
+        None,
+        "run matmuls beside tp's collectives; null = at tp2_dp1, with compile, on GPUs with peer"
+        " access",
+    )
+    direct_fsdp: bool | None = setting(
+        None,
+        "FSDP2 by peer access, without its copies; null = at tp1_dp2, on GPUs with peer access",
+    )
+    compute_copies: bool | None = setting(
+        None,
+        "where dp is 1, keep all weights in the dtype of compute too; false = cast block by block,"
+        " less memory; null = where they fit",
+    )
+    reshard_after_forward: bool = setting(
+        True,
+        "free a block's parameters until its backward pass; false = gathered once, more memory",
+    )
+    float8: bool = setting(
+        False, "multiply in float8 in the linears of the blocks, forward and backward"
+    )
+    param_dtype: str | None = setting(
+        None,
+        "dtype of compute; null = bfloat16 on GPUs, float32 on CPU",
+        one_of=DTYPES[:2],
+        why_not=UNSCALED,
+    )
+    reduce_dtype: str | None = setting(
+        None, "dtype of gradient reduction; null = float32", one_of=DTYPES[:2], why_not=UNSCALED
+    )
 
     @property
     def world_size(self) -> int:
@@ -74,21 +106,45 @@ class Parallelism:
     @property
     def layout(self) -> str:
         """The layout's short name, as the group files have it: tp2_dp2, tp2_dp4_rep2."""
-        return f"tp{self.tp}_dp{self.dp}" + (f"_rep{self.dp_replicate}" if self.dp_replicate > 1 else "")
+        return f"tp{self.tp}_dp{self.dp}" + (
+            f"_rep{self.dp_replicate}" if self.dp_replicate > 1 else ""
+        )
+
+
+SOURCES = ("embedded", "hub", "jsonl", "text", "random")
 
 
 @dataclass
 class Data:
-    source: str = setting("embedded", "where documents come from", one_of=("embedded", "hub", "jsonl", "text", "random"))
-    name: str | None = setting(None, "hub id; for jsonl and text a file, a glob or a directory")
+    source: str | None = setting(
+        None,
+        "where documents come from; null = what data.name is, without one the embedded text",
+        one_of=SOURCES,
+    )
+    name: str | None = setting(
+        None, "a file, a glob or a directory of JSON lines or text, or a hub id"
+    )
     subset: str | None = setting(None, "the hub dataset's configuration")
+    revision: str | None = setting(
+        None, "the hub dataset's commit, branch or tag; null = the newest"
+    )
     split: str = setting("train", "the hub dataset's training split")
-    validation_split: str | None = setting(None, "the hub dataset's validation split; null = hold out validation_percentage")
-    validation_percentage: float = setting(5.0, "held out from the end where there is no validation split", above=0, below=100)
+    validation_split: str | None = setting(
+        None, "the hub dataset's validation split; null = hold out validation_percentage"
+    )
+    validation_percentage: float = setting(
+        5.0, "held out from the end where there is no validation split", above=0, below=100
+    )
     text_column: str = setting("text", "the column that holds the text")
-    percentage: float = setting(100.0, "use the first so many percent of the training documents", above=0, most=100)
-    seq_length: int | None = setting(None, "tokens per row; null = the model group's, else 2048", least=1)
-    tokenizer: str | None = setting(None, "hub id, directory or `embedded`; null = the model's own, else the embedded one")
+    percentage: float = setting(
+        100.0, "use the first so many percent of the training documents", above=0, most=100
+    )
+    seq_length: int | None = setting(
+        None, "tokens per row; null = the model group's, else 2048", least=1
+    )
+    tokenizer: str | None = setting(
+        None, "hub id, directory or `embedded`; null = the model's own, else the embedded one"
+    )
     shuffle: bool = setting(True, "a new order of rows in every epoch")
     cache_dir: str | None = setting(None, "where token files are kept; null = ~/.cache/tp_trainer")
 
@@ -96,19 +152,33 @@ class Data:
 @dataclass
 class Optim:
     name: str = setting("adamw", "the optimizer", one_of=("adamw",))
-    lr: float | None = setting(None, "peak learning rate; null = the model group's, else 1e-5 pretrained, 3e-4 random", least=0)
-    weight_decay: float = setting(0.1, "decoupled decay; norms and biases have none", least=0)
+    lr: float | None = setting(
+        None,
+        "peak learning rate; null = the model group's, else 1e-5 pretrained, 3e-4 random",
+        least=0,
+    )
+    weight_decay: float = setting(
+        0.1, "decoupled decay; vectors (norms, biases) have none", least=0
+    )
     betas: list[float] = setting([0.9, 0.95], "AdamW's moment decay rates, each in [0, 1)")
     eps: float = setting(1e-8, "AdamW's epsilon", above=0)
-    schedule: str = setting("cosine", "what follows the warm-up", one_of=("cosine", "linear", "constant", "wsd"))
-    warmup_steps: int | None = setting(None, "steps of linear warm-up; null = 5 % of the run", least=0)
-    decay_steps: int | None = setting(None, "wsd: steps of the final decay; null = 10 % of the run", least=0)
+    schedule: str = setting(
+        "cosine", "what follows the warm-up", one_of=("cosine", "linear", "constant", "wsd")
+    )
+    warmup_steps: int | None = setting(
+        None, "steps of linear warm-up; null = 5 % of the run", least=0
+    )
+    decay_steps: int | None = setting(
+        None, "wsd: steps of the final decay; null = 10 % of the run", least=0
+    )
     min_lr_ratio: float = setting(0.1, "the schedule ends at this part of lr", least=0, most=1)
 
 
 @dataclass
 class Profile:
-    steps: int = setting(0, "profile so many steps (0 = none); the trace goes to <run>/profile", least=0)
+    steps: int = setting(
+        0, "profile so many steps (0 = none); the trace goes to <run>/profile", least=0
+    )
     start: int = setting(10, "steps done before the profiler starts", least=0)
 
 
@@ -116,107 +186,59 @@ class Profile:
 class Train:
     micro_batch_size: int = setting(4, "sequences per data-parallel rank and forward pass", least=1)
     global_batch_size: int | None = setting(
-        None, "sequences per step; null = micro_batch_size x dp, fixed at the first start; more = gradient accumulation", least=1
+        None,
+        "sequences per step; null = micro_batch_size x dp, fixed at the first start; more ="
+        " gradient accumulation",
+        least=1,
     )
     num_epochs: int = setting(1, "passes over the data", least=1)
-    max_steps_per_epoch: int | None = setting(None, "steps after which an epoch ends; null = all", least=1)
-    max_steps: int | None = setting(None, "length of the run in steps; overrides num_epochs", least=1)
-    clip_grad_norm: float | None = setting(1.0, "clip the global gradient norm; null = don't", above=0)
+    max_steps_per_epoch: int | None = setting(
+        None, "steps after which an epoch ends; null = all", least=1
+    )
+    max_steps: int | None = setting(
+        None, "length of the run in steps; overrides num_epochs", least=1
+    )
+    clip_grad_norm: float | None = setting(
+        1.0, "clip the global gradient norm; null = don't", above=0
+    )
     max_skipped_steps: int | None = setting(
-        10, "so many steps in a row without a finite loss and gradient norm (each is skipped) end the run; null = never", least=1
+        10,
+        "so many steps in a row without a finite loss and gradient norm (each is skipped) end the"
+        " run; null = never",
+        least=1,
     )
     spike_zscore: float | None = setting(
-        None, "skip steps whose loss or gradient norm lies so many standard deviations above the last ones'; null = don't", above=0
+        None,
+        "skip steps whose loss or gradient norm lies so many standard deviations above the last"
+        " ones'; null = don't",
+        above=0,
     )
     spike_window: int = setting(100, "how many of the last steps spike_zscore looks at", least=2)
     log_interval: int = setting(10, "steps between lines of metrics.jsonl", least=1)
-    eval_interval: int | None = setting(100, "steps between evaluations; null = at the end only", least=1)
-    eval_batches: int | None = setting(None, "global batches of validation rows per evaluation; null = all", least=1)
+    eval_interval: int | None = setting(
+        100, "steps between evaluations; null = at the end only", least=1
+    )
+    eval_batches: int | None = setting(
+        None, "global batches of validation rows per evaluation; null = all", least=1
+    )
     drift_interval: int | None = setting(
-        1000, "steps between checks that parameters replicated over tp are still equal; null = don't", least=1
+        1000,
+        "steps between checks that parameters replicated over tp are still equal; null = don't",
+        least=1,
     )
     deterministic: bool = setting(False, "deterministic kernels only")
     profile: Profile = field(default_factory=Profile, metadata={"help": "the profiler"})
 
 
 @dataclass
-class Checkpoint:
-    storage_path: str = setting("outputs", "where runs live: a local or shared directory, or a URL such as s3://bucket/runs")
-    interval: int | str | None = setting(
-        100, "steps between checkpoints; auto = by the clock, from pause and mtbf_hours; null = at the end only", least=1, one_of=("auto",)
-    )
-    mtbf_hours: float = setting(24.0, "hours from one failure of the run to the next that you expect; interval=auto needs it", above=0)
-    asynchronous: bool = setting(True, "write checkpoints while training goes on, from a copy; false = training waits")
-    keep_last: int = setting(2, "how many checkpoints to keep, the newest", least=1)
-    keep_every: int | None = setting(None, "keep those whose step is divisible by this as well; null = none", least=1)
-    keep_best: int = setting(0, "how many to keep as well of those with the lowest validation loss", least=0)
-    resume: str = setting("auto", "auto, never, or the path of a checkpoint")
-    allow_mismatch: list[str] = setting([], "keys in which a resume may differ from the checkpoint's run, e.g. [optim.lr,data]")
-    path: str | None = setting(None, "task=export: the checkpoint to export")
+class Settings:
+    """All that a user may say, with null for what is to be derived; `load` makes a Config of it."""
 
-
-@dataclass
-class Cluster:
-    kind: str = setting("local", "how Ray is reached", one_of=("local", "ray", "anyscale", "kuberay"))
-    address: str | None = setting(None, "ray: the running cluster's address; null = auto")
-    device: str = setting("auto", "auto = GPUs where there are any", one_of=("auto", "cpu", "gpu"))
-    num_workers: int | None = setting(None, "derived (tp x dp); where stated it must agree", least=1)
-    cpus_per_worker: float = setting(1, "CPUs that Ray reserves for each worker", above=0)
-    accelerator_type: str | None = setting(None, "the GPU model that Ray must place workers on, e.g. H100")
-    wait_seconds: float = setting(0, "how long to wait until a growing cluster has the workers' CPUs and GPUs", least=0)
-    max_failures: int = setting(3, "restarts in a row after failures with no step further between them", least=0)
-    hang_seconds: float | None = setting(
-        900, "a rank without a sign of life for so long hangs (4 times that until the first step is done): restart; null = off", above=0
-    )
-    stop_seconds: float = setting(120, "how long SIGTERM or Ctrl-C waits for a sign of life before it ends the run unsaved", above=0)
-    env: dict[str, str] = setting({}, "environment of the workers; never logged")
-
-
-@dataclass
-class Tracker:
-    kind: str = setting("tensorboard", "where metrics go besides metrics.jsonl", one_of=("tensorboard", "wandb", "mlflow", "none"))
-    project: str = setting("tp_trainer", "W&B project or MLflow experiment")
-    uri: str | None = setting(None, "MLflow tracking server; null = a database in the run's directory")
-
-
-@dataclass
-class Export:
-    output: str | None = setting(None, "the directory to write, as transformers' save_pretrained would; of a training: at its end")
-    dtype: str = setting("bfloat16", "dtype of the exported weights", one_of=DTYPES)
-    max_shard_gib: float = setting(5.0, "size of one safetensors file, GiB", above=0)
-
-
-@dataclass
-class Verify:
-    steps: int = setting(5, "task=verify: optimizer steps that are compared", least=1)
-    layers: int | None = setting(2, "decoder layers of the compared model; null = all", least=1)
-    lr: float = setting(1e-5, "learning rate of the compared steps", least=0)
-    reference_dtype: str | None = setting(
-        None, "dtype of the one process's compute; null = the run's. float64 tells whose rounding it is", one_of=("float32", "float64")
-    )
-    tolerance: float | None = setting(
-        None, "relative difference of the loss that passes; null = 1e-6 in float32, 2e-3 in lower precision", above=0
-    )
-
-
-@dataclass
-class Bench:
-    warmup: int = setting(10, "task=bench: steps before those that are timed; the first one compiles", least=1)
-    steps: int = setting(20, "steps that are timed", least=1)
-    profile_steps: int = setting(2, "steps that are profiled after those, for where the time goes; 0 = none", least=0)
-    output: str | None = setting(None, "the file to append a line of JSON to; null = bench.jsonl in checkpoint.storage_path")
-
-    @property
-    def all_steps(self) -> int:
-        """The profiler takes two more: one to start in, and a lead (see tasks/trace.py)."""
-        return self.warmup + self.steps + (self.profile_steps + 2 if self.profile_steps else 0)
-
-
-@dataclass
-class Config:
     task: str = setting("train", "what to do", one_of=("train", "export", "verify", "bench"))
     dry_run: bool = setting(False, "print the composed config and the mesh, start nothing")
-    experiment_name: str | None = setting(None, "the run's directory; null = derived from every choice that matters to the result")
+    experiment_name: str | None = setting(
+        None, "the run's directory; null = derived from every choice that matters to the result"
+    )
     seed: int = setting(42, "of weights, order and dropout", least=0)
     model: Model = field(default_factory=Model)
     parallelism: Parallelism = field(default_factory=Parallelism)
@@ -230,17 +252,13 @@ class Config:
     verify: Verify = field(default_factory=Verify)
     bench: Bench = field(default_factory=Bench)
 
-    @property
-    def run_dir(self) -> str:
-        """The run's directory, absolute once `resolve` has been through."""
-        return f"{self.checkpoint.storage_path.rstrip('/')}/{self.experiment_name}"
 
-
-def known_keys(kind: Any = Config, prefix: str = "") -> list[str]:
+def known_keys(kind: Any = Settings, prefix: str = "") -> list[str]:
     """Every key of the schema, dotted."""
     keys: list[str] = []
+    kinds = get_type_hints(kind)
     for each in dataclasses.fields(kind):
-        nested = globals().get(str(each.type)) if str(each.type)[0].isupper() else None
+        nested = kinds[each.name] if dataclasses.is_dataclass(kinds[each.name]) else None
         keys += known_keys(nested, f"{prefix}{each.name}.") if nested else [prefix + each.name]
     return keys
 

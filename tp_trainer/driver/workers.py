@@ -1,4 +1,4 @@
-"""A recipe on every worker, through Ray Train: the start, what rank 0 tells meanwhile, the end."""
+"""Running a recipe on every worker through Ray Train, and hearing what rank 0 tells meanwhile."""
 
 from __future__ import annotations
 
@@ -11,31 +11,53 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tp_trainer.checkpoint.store import Store
-from tp_trainer.config import Config, ConfigError, Unrecoverable, plain
-from tp_trainer.driver.ray_cluster import environment_of, no_collections, owns_ray
-from tp_trainer.watch import hear_sigterm
+from tp_trainer.config import (
+    Config,
+    ConfigError,
+    OutOfMemory,
+    Unrecoverable,
+    load,
+    out_of_memory,
+    permanent,
+)
+from tp_trainer.driver.errors import RunFailed, failure, ran_out, refusal
+from tp_trainer.driver.ray_cluster import no_collections
+from tp_trainer.driver.trainer import torch_trainer
+from tp_trainer.messages import Message, ModelBuilt, Start, WorkerStarted
+from tp_trainer.view import path_line
+from tp_trainer.watch import stage
 
 POLL_SECONDS = 0.2
 
 
 class Progress:
-    """The actor between the workers, which push without waiting, and the driver, which polls. Asynchronous: `stopping` waits."""
+    """The actor between the workers, which push without waiting, and the driver, which polls.
+    Asynchronous: `stopping` waits.
+    """
 
     def __init__(self) -> None:
-        self.items: list[tuple[float, dict[str, Any]]] = []
+        self.items: list[tuple[float, Message]] = []  # when they came
+        self.gone = 0  # how many were before them
         self.stop = asyncio.Event()
 
-    async def push(self, item: dict[str, Any]) -> None:
-        self.items.append((time.monotonic(), item))
+    async def push(self, message: Message) -> None:
+        self.items.append((time.monotonic(), message))
 
-    async def drain(self) -> list[dict[str, Any]]:
-        """What was pushed since the last time, each with its `age` in seconds."""
-        items, self.items = self.items, []
-        return [{**item, "age": time.monotonic() - at} for at, item in items]
+    async def drain(self, taken: int) -> list[tuple[Message, float]]:
+        """What was pushed after the first `taken` messages of all, each with its age in seconds;
+        those before are let go.
+
+        An answer may be late, and then nobody takes it: what it held is there to be asked for
+        again.
+        """
+        del self.items[: taken - self.gone]
+        self.gone = taken
+        return [(message, time.monotonic() - at) for at, message in self.items]
 
     async def ask_to_stop(self) -> None:
         self.stop.set()
@@ -51,32 +73,47 @@ class Group:
     def __init__(self, progress: Any) -> None:
         self.progress = progress
         self.pids: dict[str, list[int]] = {}  # by node
+        self.taken = 0  # of what the workers have pushed
 
-    def drain(self) -> list[dict[str, Any]]:
-        """What the workers have pushed since the last time; nothing while they can't be heard."""
+    def drain(self) -> list[tuple[Message, float]]:
+        """What the workers have pushed since the last time, with its age in seconds; nothing while
+        they can't be heard.
+        """
         import ray
 
         try:
-            items: list[dict[str, Any]] = ray.get(self.progress.drain.remote(), timeout=10)
+            items: list[tuple[Message, float]] = ray.get(
+                self.progress.drain.remote(self.taken), timeout=10
+            )
+        except ray.exceptions.RayActorError:
+            self.kill()  # it is gone, and with it what one knows of a run: as when a worker is gone
+            return []
         except ray.exceptions.RayError:
             return []  # the view may lag; fit() says how the run ends
-        for item in items:
-            if "worker" in item:
-                self.pids.setdefault(item["node"], []).append(item["pid"])
-        return [item for item in items if "worker" not in item]
+        self.taken += len(items)
+        for message, _ in items:
+            if isinstance(message, WorkerStarted):
+                self.pids.setdefault(message.node, []).append(message.pid)
+        return [item for item in items if not isinstance(item[0], WorkerStarted)]
 
     def stop(self) -> None:
         """Ask the workers to save and end; they do after the step that runs."""
         self.progress.ask_to_stop.remote()
 
     def kill(self) -> None:
-        """SIGKILL to every worker, from its own node: what hangs or is stopped hears nothing else, Ray neither."""
+        """SIGKILL to every worker, from its own node: what hangs or is stopped hears nothing else,
+        Ray neither.
+        """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         task = ray.remote(num_cpus=0, max_retries=0)(_kill)
-        done = [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(pids)
-                for node, pids in self.pids.items()]  # fmt: skip
+        done = [
+            task.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote(pids)
+            for node, pids in self.pids.items()
+        ]
         if done:
             ray.wait(done, num_returns=len(done), timeout=20)
         self.pids.clear()
@@ -85,140 +122,132 @@ class Group:
 def _kill(pids: list[int]) -> None:
     for pid in pids:
         with suppress(OSError):
-            if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():  # not a process that was given its number since
+            # not a process that was given its number since
+            if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
 
 
-def _worker(settings: dict[str, Any]) -> dict[str, Any]:
+def _worker(settings: dict[str, Any]) -> Any:
     """What Ray Train runs on each worker: the recipe that `settings` name.
 
-    Refusals and what is unrecoverable, the same on every rank, are returned: a raised error would be tried again. Of an error
+    Every error is raised, if on one rank alone: Ray Train then ends the others, which may wait for
+    that one in a collective. What would repeat for certain is raised as Unrecoverable. Of an error
     Ray Train sends no trace along: it goes as a note.
+
+    Raises:
+        ConfigError: refused.
+        OutOfMemory: a leaner start may do.
+        Unrecoverable: a restart would come to the same.
+        Exception: whatever else the recipe raises.
     """
     os.environ.update(settings["environment"])  # before torch is imported
 
     module, _, name = settings["recipe"].partition(":")
+    start: Start = settings["start"]
     try:
         with no_collections():
             recipe = getattr(importlib.import_module(module), name)
-        return recipe(settings)
-    except ConfigError as error:
-        return {"refused": (error.key, error.value, error.message)}
-    except Unrecoverable as error:
-        return {"unrecoverable": str(error)}
-    except Exception as error:
-        error.add_note(traceback.format_exc())
+        return recipe(load(settings["config"]), start, settings["progress"])
+    except ConfigError:
         raise
+    except Exception as error:
+        lasts = permanent(error, stage(again=bool(start.restarts)))
+        text = (
+            str(error) if isinstance(error, Unrecoverable) else f"{type(error).__name__}: {error}"
+        )
+        raised = error
+        if lasts:
+            raised = (OutOfMemory if out_of_memory(error) else Unrecoverable)(text)
+        raised.add_note(traceback.format_exc())
+        raise raised from None
 
 
 def fit(
     config: Config,
     recipe: str,
-    settings: dict[str, Any],
+    start: Start,
     store: Store,
-    take: Callable[[dict[str, Any]], None],
+    take: Callable[[Message, float], None],
     tick: Callable[[Group], None] = lambda group: None,
-) -> tuple[Exception | None, dict[str, Any] | None]:
+) -> tuple[Exception | None, Any]:
     """Run a recipe on every worker and wait for its end. Nothing is tried again.
 
     Args:
-        recipe: `module:function`, imported on the worker; it is given `settings`, `config` (plain) and `progress`.
+        recipe: `module:function`, imported on the worker; it is given the config, `start`, and
+            the actor that it pushes messages to.
         store: of the run's directory.
-        take: is given what the workers push to `progress`.
+        take: is given what the workers push, and how old it is in seconds.
         tick: called every POLL_SECONDS meanwhile.
 
     Returns:
-        the error that the workers failed with, or rank 0's return value.
+        the error that the workers failed with or None, and rank 0's return value or None.
 
     Raises:
         ConfigError: a worker refused.
     """
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    gpu, cluster = config.cluster.device == "gpu", config.cluster
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = ray.remote(num_cpus=0)(Progress).options(scheduling_strategy=here).remote()
-    environment = environment_of(cluster)
-    values = plain(config)
-    values["cluster"]["env"] = {}  # its values travel apart, to no log
     # Ray would take up what it remembers of this name; the storage itself says what there is
     store.remove("checkpoint_manager_snapshot.json")
-    trainer = _trainer_class(owns_ray())(
-        _worker,
-        train_loop_config={
-            **settings, "recipe": recipe, "config": values, "environment": environment, "progress": progress,
-        },
-        torch_config=_torch_config("cpu:gloo,cuda:nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.parallelism.world_size, use_gpu=gpu,
-            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
-            accelerator_type=cluster.accelerator_type, placement_strategy="PACK",
-        ),
-        run_config=RunConfig(
-            name=config.experiment_name, storage_path=config.checkpoint.storage_path,
-            # whether to go on after a failure is for the driver to say: Ray doesn't know what progress is. What may go wrong
-            # before the workers run (a port that is taken meanwhile, nodes that come late) it tries again by itself
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
-            checkpoint_config=CheckpointConfig(num_to_keep=None),
-        ),
-    )  # fmt: skip
+    trainer = torch_trainer(_worker, config, recipe, start, progress)
     error, result = _wait(trainer, Group(progress), take, tick)
-    if result is not None and "refused" in result:
-        raise ConfigError(*result["refused"])
+    if (refused := refusal(error)) is not None:
+        raise refused
     return error, result
 
 
-def _trainer_class(own: bool) -> Any:
-    """Ray Train's, without its actors that have nothing to do here: each is a process more beside the workers.
+LEANER = (
+    "out of memory at the first step: starting once more, without the fast paths that hold memory"
+)
 
-    One is for datasets of Ray Data. With a Ray of our `own` the one that asks an autoscaler for nodes goes as well; Train waits
-    until it has started.
+
+def fit_once(
+    config: Config,
+    recipe: str,
+    start: Start,
+    store: Store,
+    take: Callable[[Message, float], None],
+) -> Any:
+    """`fit`, of a task that has nothing to go on with. Says which fast paths are taken; memory that
+    runs out at first is tried with fewer of them.
+
+    Returns:
+        rank 0's return value.
+
+    Raises:
+        ConfigError: a worker refused.
+        RunFailed: a worker failed.
     """
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+    leaner = True
 
-    class Placed(FixedScalingPolicy):
-        def _send_resource_request(self) -> None:
-            pass
+    def hear(message: Message, age: float) -> None:
+        nonlocal leaner
+        if isinstance(message, ModelBuilt):
+            leaner = message.leaner
+            print(f"  {path_line(message.fast_paths)}", flush=True)
+        take(message, age)
 
-        _maybe_send_resource_request = _cancel_resource_request = _send_resource_request
-
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            return [each for each in super()._create_default_callbacks() if type(each).__name__ != "DatasetsCallback"]
-
-        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-            if own and isinstance(arguments.get("scaling_policy"), FixedScalingPolicy):
-                arguments["scaling_policy"] = Placed(self.scaling_config)
-            return super()._initialize_and_run_controller(**arguments)
-
-    return Trainer
-
-
-def _torch_config(backend: str) -> Any:
-    """Ray Train's, but for workers that hear SIGTERM: a handler can only be set on their main thread, where training isn't."""
-    from ray.train.torch import TorchConfig
-    from ray.train.torch.config import _TorchBackend
-
-    class Backend(_TorchBackend):
-        def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
-            super().on_training_start(worker_group, backend_config)
-            worker_group.execute(hear_sigterm)
-
-    class Hearing(TorchConfig):
-        @property
-        def backend_cls(self) -> type:
-            return Backend
-
-    return Hearing(backend=backend)
+    error, result = fit(config, recipe, start, store, hear)
+    if error is not None and ran_out(error) and leaner:
+        print(LEANER, flush=True)
+        error, result = fit(config, recipe, replace(start, lean=True), store, hear)
+    if error is not None:
+        raise RunFailed(failure(error, store))
+    return result
 
 
 def _wait(
-    trainer: Any, group: Group, take: Callable[[dict[str, Any]], None], tick: Callable[[Group], None]
-) -> tuple[Exception | None, dict[str, Any] | None]:
-    """`fit()` in a thread, so that the main one draws and hears signals. Returns the error, or rank 0's return value."""
+    trainer: Any,
+    group: Group,
+    take: Callable[[Message, float], None],
+    tick: Callable[[Group], None],
+) -> tuple[Exception | None, Any]:
+    """`fit()` in a thread, so that the main one draws and hears signals. Returns the error, or rank
+    0's return value.
+    """
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
@@ -231,9 +260,9 @@ def _wait(
     thread.start()
     while thread.is_alive():
         thread.join(POLL_SECONDS)
-        for item in group.drain():
-            take(item)
+        for message, age in group.drain():
+            take(message, age)
         tick(group)
-    for item in group.drain():
-        take(item)
+    for message, age in group.drain():
+        take(message, age)
     return outcome.get("error"), outcome.get("result")

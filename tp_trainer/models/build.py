@@ -3,203 +3,198 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
+from inspect import unwrap
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tp_trainer.config import Config, ConfigError, Parallelism
+from tp_trainer.config import Config, Parallelism, Unrecoverable
+from tp_trainer.models.description import described, meta_model, with_buffers
+from tp_trainer.models.files import Stored, matched, stored_tensors
+from tp_trainer.models.model import ParallelModel, looks_at_positions
 from tp_trainer.models.split import is_gradient_summed, split_table
-from tp_trainer.models.weights import draw_weights, find_weights, read_weights
-from tp_trainer.parallel import attention, exchange, shared
+from tp_trainer.models.weights import draw_weights, read_weights
 from tp_trainer.parallel.collectives import TensorRegion
+from tp_trainer.parallel.fast import FastPaths, Memory
+from tp_trainer.parallel.fast.float8 import Float8Region, gather_in_float8
 from tp_trainer.parallel.mesh import Mesh
-from tp_trainer.parallel.precision import ComputeCopies
-from tp_trainer.parallel.replay import MicroStep
-from tp_trainer.parallel.shard import dtypes, is_compiled, is_float8, is_replayed, shard
-from tp_trainer.parallel.tensor import apply_tensor_parallel
+from tp_trainer.parallel.shard import dtypes, shard
+from tp_trainer.parallel.tensor import Part, apply_tensor_parallel
 
-Batch = dict[str, torch.Tensor]
+OnFirst = Callable[[Callable[[], dict[str, Stored]]], dict[str, Stored]]
 
 
-class ParallelModel:
-    """A transformers model on the mesh."""
-
-    def __init__(self, module: PreTrainedModel, summed_over_tp: list[nn.Parameter], parallelism: Parallelism, mesh: Mesh) -> None:
-        """
-        Args:
-            module: gives the loss summed over this rank's label tokens; its parameters are float32 DTensors with weights.
-            summed_over_tp: parameters replicated over tp of whose gradient each rank has a part of a sum.
-        """
-        self.module, self.summed_over_tp = module, summed_over_tp
-        self.parameters: list[nn.Parameter] = list(module.parameters())
-        self.dp_size = mesh.dp_size
-        self.copies = None
-        if mesh.dp_size == 1:
-            low = set(self.parameters) - set(summed_over_tp) if mesh.device.type == "cuda" else set[nn.Parameter]()
-            self.copies = ComputeCopies(module, dtypes(parallelism, mesh.device)[0], low)
-        self.micro_step = MicroStep(self._forward_backward, self.parameters, is_replayed(parallelism, mesh.device))
-        self.before_pass: Callable[[], object] = lambda: None  # called before each pass over the model
-
-    def backward(self, batch: Batch, count: torch.Tensor, index: int, of: int) -> torch.Tensor:
-        """Forward and backward pass of a micro-batch.
-
-        Args:
-            batch: input_ids and labels, int64 [micro_batch, seq].
-            count: float32 scalar on the device, label tokens of the global batch.
-            index, of: the step's micro-batches are counted from 0.
-
-        Returns:
-            This micro-batch's part of the mean loss, float32 scalar on the device, valid until the next call. The
-            gradients are added to what the parameters have; FSDP averages them over dp, which is made up for here.
-        """
-        self.before_pass()
-        if index == 0 and self.copies is not None:
-            self.copies.refresh()
-            self.copies.adding = of > 1
-        return self.micro_step(*self._on_device(batch), count, first=index == 0)
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """The loss summed over a micro-batch's label tokens, float32 scalar."""
-        self.before_pass()
-        if self.copies is not None:
-            self.copies.refresh()
-        with self._installed():
-            loss = self.module(*self._on_device(batch))
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):  # what isn't freed after the forward pass waits for a backward pass
-                module.reshard()
-        return loss
-
-    def close(self) -> None:
-        """Give up what must be gone before the process groups are; nothing can be done with the model afterwards."""
-        self.micro_step.close()
-        exchange.close()
-        shared.close_all()
-
-    def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids and labels; from pinned memory, which the host doesn't have to wait for."""
-        given = batch["input_ids"], batch["labels"]
-        ids, labels = (each.pin_memory() for each in given) if self.device.type == "cuda" else given
-        return ids.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-
-    def changed(self, copies_too: bool = False) -> None:
-        """To be called when parameters were written to; `copies_too`: and their compute_copy, where they have one."""
-        if self.copies is not None:
-            self.copies.fresh = copies_too
-
-    @property
-    def device(self) -> torch.device:
-        return self.parameters[0].device
-
-    def _installed(self) -> AbstractContextManager[None]:
-        return self.copies.installed() if self.copies is not None else nullcontext()
-
-    def _forward_backward(self, input_ids: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        with self._installed():
-            loss = self.module(input_ids, labels) / count
-            (loss * self.dp_size).backward()
-        return loss.detach()
-
-
-def meta_model(architecture: dict[str, Any]) -> PreTrainedModel:
-    """The transformers model of these config fields, in float32, on the meta device.
-
-    Raises:
-        ConfigError: transformers doesn't take the fields.
-    """
-    fields = {key: value for key, value in architecture.items() if key not in ("model_type", "torch_dtype", "dtype")}
-    try:
-        config = AutoConfig.for_model(architecture["model_type"], **fields)
-    except Exception as error:  # each release checks them with another class of error
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ConfigError("model.architecture", None, f"transformers doesn't take these numbers: {reason}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.float32)
-    model.tie_weights()
-    return model
-
-
-def build_model(config: Config, mesh: Mesh, first_on_node: Callable[[Callable[[], Path]], Path]) -> ParallelModel:
+def build_model(
+    config: Config,
+    mesh: Mesh,
+    first_on_node: OnFirst,
+    trainable: Callable[[str], bool] = lambda name: True,
+    lean: bool = False,
+) -> ParallelModel:
     """The model on the mesh, with weights.
 
     Args:
-        first_on_node: runs a function on the first rank of each node before the others (so that files are fetched once).
+        first_on_node: runs a function on the first rank of each node before the others (so that
+            files are fetched once).
+        trainable: of a parameter's name; others get no gradient and are held in the dtype of
+            compute.
+        lean: without the fast paths that hold memory (see FastPaths.choose).
 
     Raises:
-        ConfigError: a family or weights that can't be had.
+        ConfigError: a family or weights that can't be had, or a fast path that the hardware can't.
     """
-    parallelism = config.parallelism
-    model = meta_model(config.model.architecture)
-    table = split_table(model, mesh.tp_size)
-    compiled = is_compiled(parallelism, mesh.device)
-    region = TensorRegion(
-        mesh.tp_group_name, mesh.tp_size, mesh.tp_rank, parallelism.sequence_parallel, compiled, is_float8(parallelism, mesh.device)
-    )  # fmt: skip
-    apply_tensor_parallel(model, table, mesh.tp, region)
-    model.forward = partial(_loss, model)
-    decoder, head, embedding = model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
+    parallelism, pretrained = config.parallelism, config.model.weights == "pretrained"
+    stored = first_on_node(lambda: stored_tensors(config.model)) if pretrained else None
+    model = described(config.model, stored)
+    places = matched(stored, model, str(config.model.name)) if stored is not None else None
+    _freeze(model, trainable, dtypes(parallelism, mesh.device)[0])
+    table = split_table(model, mesh.tensor.size)
+    paths = FastPaths.choose(parallelism, mesh, _needed(model, table, config, mesh), lean)
+    region = _distribute(model, table, parallelism, mesh, paths)
+    if places is not None:
+        read_weights(model, places)
+    else:
+        draw_weights(model, meta_model(config.model.architecture), config.seed, mesh.device)
+    model.train()
+    summed = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and is_gradient_summed(name, table, region.sequence_parallel)
+    ]
+    return ParallelModel(model, summed, parallelism, mesh, paths)
+
+
+def _needed(model: PreTrainedModel, table: dict[str, Part], config: Config, mesh: Mesh) -> Memory:
+    """What a rank holds where dp is 1."""
+    parallelism, train = config.parallelism, config.train
+    return Memory.of(
+        model,
+        list(model.base_model.layers),
+        table,
+        mesh.tensor.size,
+        train.micro_batch_size * config.data.seq_length,
+        recomputed=parallelism.activation_checkpointing == "full",
+        accumulated=config.global_batch_size > train.micro_batch_size * mesh.data.size,
+        compute=dtypes(parallelism, mesh.device)[0],
+    )
+
+
+def _distribute(
+    model: PreTrainedModel,
+    table: dict[str, Part],
+    parallelism: Parallelism,
+    mesh: Mesh,
+    paths: FastPaths,
+) -> TensorRegion:
+    """Split and shard the meta model, in place, and give it memory: parameters without values,
+    buffers with theirs.
+    """
+    tensor = mesh.tensor
+    assert tensor.group is not None and tensor.device_mesh is not None
+    region = (Float8Region if paths.float8.on else TensorRegion)(
+        tensor.group.group_name,
+        tensor.size,
+        tensor.rank,
+        parallelism.sequence_parallel,
+        paths.compile.on,
+    )
+    apply_tensor_parallel(model, table, tensor.device_mesh, region)
+    if isinstance(region, Float8Region):
+        gather_in_float8(model, table, region)
+    model.forward = partial(_forward, model)
+    decoder, head = model.base_model, model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
     tied = head.weight is embedding.weight
-    shard(model, list(decoder.layers), [] if tied else [[embedding], [decoder.norm, head]], parallelism, mesh)
+    # the final norm, under whatever name
+    others = [
+        each
+        for each in decoder.children()
+        if each is not embedding and each is not decoder.layers and list(each.parameters())
+    ]
+    tables = [] if tied else [[embedding], [*others, head]]
+    shard(model, list(decoder.layers), tables, parallelism, mesh, paths)
     model.to_empty(device=mesh.device)
     if tied:  # to_empty makes a tensor of its own for each name
         head.weight = embedding.weight
     _fill_buffers(model, mesh.device)
-    for name, module in model.named_modules():
-        if name.endswith("rotary_emb"):
-            _rotate_once(module)
-    if config.model.weights == "pretrained":
-        name = str(config.model.name)
-        read_weights(model, first_on_node(lambda: find_weights(name)))
-    else:
-        draw_weights(model, meta_model(config.model.architecture), config.seed, mesh.device)
-    model.train()
-    summed = [p for n, p in model.named_parameters() if is_gradient_summed(n, table, region.sequence_parallel)]
-    return ParallelModel(model, summed, parallelism, mesh)
+    for module in model.modules():
+        if looks_at_positions(module):
+            _look_once(module, model)
+    return region
 
 
-def _loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """int64 [micro_batch, seq], int64 [micro_batch, seq] -> float32 scalar, summed over the tokens that count.
+def _freeze(model: PreTrainedModel, trainable: Callable[[str], bool], dtype: torch.dtype) -> None:
+    """Parameters of the meta model that aren't trained: no gradient, in the dtype of compute."""
+    frozen = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        for name, parameter in model.named_parameters()
+        if not trainable(name)
+    }
+    for module in model.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in frozen:
+                setattr(module, key, frozen[id(parameter)])
 
-    Positions are given, since transformers would count them on the residual stream, which is split over the sequence.
+
+def _forward(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A Batch's tensors, int64 [rows, seq] -> float32 scalar, the loss summed over the labels that
+    count; without labels float32 [rows, seq, vocab], the logits.
     """
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    hidden = model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+    model.tp_packed = document_ids is not None
+    if model.tp_packed and not model.tp_family.passes_documents:
+        raise Unrecoverable(f"{model.config.model_type} can't keep the documents of a row apart")
+    hidden = model.base_model(
+        input_ids=input_ids, position_ids=position_ids, document_ids=document_ids, use_cache=False
+    ).last_hidden_state
     return model.get_output_embeddings()(hidden, labels)
 
 
-def _rotate_once(rotary: nn.Module) -> None:
-    """Form a rotary embedding once for each length of rows, of which there is one.
-
-    Some look at the positions first (dynamic, longrope), which waits for the device, as a CUDA graph's capture can't.
+def _look_once(rotary: nn.Module, model: Any) -> None:
+    """Some rotary embeddings (dynamic, longrope) look at the positions to choose frequencies, which
+    waits for the device, as a CUDA graph's capture can't. Rows of one document each have the same
+    positions if they have the same length: there they look once.
     """
-    forward: Callable[..., Any] = rotary.forward
-    formed: dict[Any, Any] = {}
+    looking, plain = rotary.forward, unwrap(type(rotary).forward)
+    looked_at: dict[Any, torch.Size] = {}  # by layer type: what its frequencies belong to
 
-    def once(x: torch.Tensor, position_ids: torch.Tensor, *layer_type: str, **kwargs: str) -> Any:
-        key = (x.dtype, position_ids.shape, layer_type, *kwargs.values())
-        if key not in formed:
-            formed[key] = forward(x, position_ids, *layer_type, **kwargs)
-        return formed[key]
+    def forward(x: torch.Tensor, position_ids: torch.Tensor, *kind: str, **named: str) -> Any:
+        layer_type = (*kind, *named.values())
+        if not model.tp_packed and looked_at.get(layer_type) == position_ids.shape:
+            return plain(rotary, x, position_ids, *kind, **named)
+        looked_at[layer_type] = position_ids.shape
+        return looking(x, position_ids, *kind, **named)
 
-    rotary.forward = once  # type: ignore[assignment]
+    rotary.forward = forward  # type: ignore[assignment]
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Buffers are empty after `to_empty`: scales are kept as numbers too, the rest comes from a new module of the same class."""
-    for module in model.modules():
+    """Buffers are empty after `to_empty`: scales are kept as numbers too, the rest comes from a new
+    module of the same class, or, where that takes more than the config, from a new model.
+    """
+    twin: nn.Module | None = None
+    for name, module in model.named_modules():
         own = dict(module.named_buffers(recurse=False))
-        if "embed_scale" in own:
-            own.pop("embed_scale").fill_(module.scalar_embed_scale)
+        for buffer, attribute in model.tp_family.scales.items():
+            if buffer in own:
+                own.pop(buffer).fill_(getattr(module, attribute))
         if own:
-            fresh = dict(type(module)(model.config).named_buffers(recurse=False))  # type: ignore[call-arg]
-            for name, buffer in own.items():
-                buffer.copy_(fresh[name].to(device))
+            try:
+                made = type(module)(model.config)  # type: ignore[call-arg]
+            except Exception:  # whatever a constructor makes of a config that it doesn't expect
+                twin = twin or with_buffers(model.config)
+                made = twin.get_submodule(name)
+            fresh = dict(made.named_buffers(recurse=False))
+            for key, buffer in own.items():
+                buffer.copy_(fresh[key].to(device))
 
 
-__all__ = ["ParallelModel", "build_model", "meta_model"]
+__all__ = ["ParallelModel", "build_model"]

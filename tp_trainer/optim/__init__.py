@@ -1,59 +1,48 @@
-"""Parameter groups, the optimizer, and the learning rate as a function of the step."""
+"""Parameter groups, the optimizer, its learning rate, and which steps don't count."""
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Iterable
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tp_trainer.config import Optim, Train
+from tp_trainer.config import ResolvedOptim, Train
 from tp_trainer.optim.adamw import AdamW
+from tp_trainer.optim.schedule import Schedule, learning_rate
+from tp_trainer.parameters import ParameterGroups
 
-__all__ = ["AdamW", "Guard", "build_optimizer", "learning_rate", "set_learning_rate"]
+__all__ = ["AdamW", "Guard", "Schedule", "build_optimizer", "learning_rate", "set_learning_rate"]
 
 
-def build_optimizer(optim: Optim, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> AdamW:
-    """Fused AdamW, its state allocated. Matrices decay; norms and biases (one dimension) don't.
+def build_optimizer(optim: ResolvedOptim, parameters: ParameterGroups) -> AdamW:
+    """Fused AdamW, its state allocated. Matrices and tables decay; vectors don't.
 
     Parameters on different meshes can't go through one fused call: a group each.
     """
     groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
-    for _, parameter in named_parameters:
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups.setdefault((parameter.ndim > 1, mesh), []).append(parameter)
+    for kind, decays in (
+        (parameters.matrix, True),
+        (parameters.table, True),
+        (parameters.vector, False),
+    ):
+        for parameter in kind.values():
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((decays, mesh), []).append(parameter)
     optimizer = AdamW(
-        [{"params": params, "weight_decay": optim.weight_decay if decays else 0.0} for (decays, _), params in groups.items()],
-        lr=optim.lr or 0.0, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True,
-    )  # fmt: skip
+        [
+            {"params": params, "weight_decay": optim.weight_decay if decays else 0.0}
+            for (decays, _), params in groups.items()
+        ],
+        lr=optim.lr,
+        betas=(optim.betas[0], optim.betas[1]),
+        eps=optim.eps,
+        fused=True,
+    )
     optimizer.allocate()
     return optimizer
-
-
-def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
-    """The learning rate of step `step` (0 is the first) in a run of `total_steps`.
-
-    Linear warm-up, then cosine (Loshchilov & Hutter 2017), linear, constant, or warm-up-stable-decay (Hu et al. 2024,
-    arXiv:2404.06395), down to `min_lr_ratio` x lr at the last step.
-    """
-    peak, floor = optim.lr or 0.0, (optim.lr or 0.0) * optim.min_lr_ratio
-    warmup = optim.warmup_steps if optim.warmup_steps is not None else total_steps // 20
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if optim.schedule == "constant":
-        return peak
-    start = warmup
-    if optim.schedule == "wsd":
-        start = max(warmup, total_steps - (optim.decay_steps if optim.decay_steps is not None else total_steps // 10))
-        if step < start:
-            return peak
-    part = min(1.0, (step - start) / max(1, total_steps - 1 - start))
-    shape = 0.5 * (1 + math.cos(math.pi * part)) if optim.schedule == "cosine" else 1 - part
-    return floor + (peak - floor) * shape
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -61,21 +50,34 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-class Guard:
-    """Which steps don't count: those whose loss or gradient norm is no number, or, if asked for, far above the last ones'.
+class GuardMemory(TypedDict, total=False):
+    """What a checkpoint must hold of a Guard, as JSON."""
 
-    It judges on the device and the host reads a step later, so that neither waits for the other. Both numbers are the
-    same on all ranks, and so is every verdict.
+    skipped: int  # steps, in all
+    in_a_row: int
+    recent: list[list[float]]  # (loss, norm) of steps that counted, the newest last
+
+
+class Guard:
+    """Which steps don't count: those whose loss or gradient norm is no number, or, if asked for,
+    far above the last ones'.
+
+    It judges on the device and the host reads a step later, so that neither waits for the other.
+    Both numbers are the same on all ranks, and so is every verdict.
     """
 
-    def __init__(self, train: Train, device: torch.device, memory: dict[str, Any]) -> None:
+    def __init__(self, train: Train, device: torch.device, memory: GuardMemory) -> None:
         """`memory`: what `memory()` gave when the run was saved; empty at its start."""
         self.zscore, self.window = train.spike_zscore, train.spike_window
         self.skipped = int(memory.get("skipped", 0))  # as far as the host has read
-        self.counts = torch.tensor([self.skipped, int(memory.get("in_a_row", 0))], device=device)  # skipped: in all, in a row
-        recent = torch.tensor(memory.get("recent", []), device=device).reshape(-1, 2)[-self.window :]
+        # skipped: in all, in a row
+        self.counts = torch.tensor([self.skipped, int(memory.get("in_a_row", 0))], device=device)
+        recent = torch.tensor(memory.get("recent", []), device=device).reshape(-1, 2)[
+            -self.window :
+        ]
         self.known = torch.tensor(len(recent), device=device)
-        self.recent = torch.cat([torch.zeros(self.window - len(recent), 2, device=device), recent])  # loss, norm; the newest last
+        # loss, norm; the newest last
+        self.recent = torch.cat([torch.zeros(self.window - len(recent), 2, device=device), recent])
         self.unread: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
@@ -91,14 +93,17 @@ class Guard:
         return skip.float()
 
     def seen(self, step: int, at_once: bool) -> list[tuple[int, int, int]]:
-        """Skipped steps that the host hasn't heard of yet: (step, how many in all, how many in a row). Called once a step.
+        """Skipped steps that the host hasn't heard of yet: (step, how many in all, how many in a
+        row). Called once a step.
 
         Args:
             at_once: up to this step (waits for the device), not only up to the one before.
         """
         counts, event = self.counts, None
         if counts.is_cuda:
-            counts = torch.empty(2, dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
+            counts = torch.empty(2, dtype=counts.dtype, pin_memory=True).copy_(
+                counts, non_blocking=True
+            )
             event = torch.cuda.Event()
             event.record()
         self.unread.append((step, counts, event))
@@ -113,8 +118,12 @@ class Guard:
                 found.append((step, total, in_a_row))
         return found
 
-    def memory(self) -> dict[str, Any]:
+    def memory(self) -> GuardMemory:
         """What a checkpoint must hold of it, as JSON."""
         known = min(int(self.known), self.window) if self.zscore is not None else 0
         total, in_a_row = self.counts.tolist()
-        return {"skipped": total, "in_a_row": in_a_row, "recent": self.recent[self.window - known :].tolist()}
+        return {
+            "skipped": total,
+            "in_a_row": in_a_row,
+            "recent": self.recent[self.window - known :].tolist(),
+        }

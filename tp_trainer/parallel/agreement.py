@@ -1,15 +1,18 @@
-"""What any rank wishes, known to all of them: how a run saves or ends at the same step everywhere."""
+"""What any rank wishes, known to all: how a run saves or ends at the same step everywhere."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 
-SAVE, STOP, LEAVE = 1, 2, 4  # a checkpoint now; the end of the run; a checkpoint, and then these workers have to go
+# a checkpoint now; the end of the run; a checkpoint, and then these workers have to go
+SAVE, STOP, LEAVE = 1, 2, 4
 
 
 class Agreement:
-    """Ors the wishes of all ranks once a step, on the hosts alone: no device waits, and the exchange runs beside the step."""
+    """Ors the wishes of all ranks once a step, on the hosts alone: no device waits, and the
+    exchange runs beside the step.
+    """
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo")
@@ -17,7 +20,7 @@ class Agreement:
         self.work: dist.Work | None = None
 
     def ask(self, wishes: int) -> None:
-        """Begin an exchange; every rank calls it once a step, `wishes` being its own bits."""
+        """Begin an all-reduce; every rank calls it once a step, `wishes` being its own bits."""
         self.wishes.fill_(wishes)
         self.work = dist.all_reduce(self.wishes, dist.ReduceOp.BOR, group=self.group, async_op=True)
 

@@ -1,19 +1,26 @@
-"""On the path of the program under test: what the file named by TP_TEST_HOOK orders is done in each worker.
+"""On the path of the program under test: what the file named by TP_TEST_HOOK orders is done in each
+worker.
 
-Python imports a `sitecustomize` by itself at its start. The orders are followed at the moment when Ray Train's worker
-function imports the recipe: its environment is set by then, and nothing of the training has begun.
+Python imports a `sitecustomize` by itself at its start. The orders are followed at the moment when
+Ray Train's worker function imports the recipe: its environment is set by then, and nothing of the
+training has begun.
 
     {"tell": directory}                  write what this worker sees of its environment there
-    {"forget": run's directory}          take away the file by which workers know the driver's storage
-    {"slow": seconds, "from": step}      every step of this start of the program lasts that much longer, from that one on
+    {"forget": run's directory}          take away the file that marks the driver's storage
+    {"slow": seconds, "from": step}      every step of this start from that one on lasts longer
     {"crash": step, "rank": rank}        raise in that step, counted from this start of the workers
+    {"break": "tp_trainer.optim:build_optimizer", "rank": rank}
+                                         raise a ValueError where that function is called
     {"at": {"7": "raise"}, "rank": rank, "marks": directory}
-                                         in that step of the run a fault, once if there is a directory for marks, else each time:
-                                         raise; hang, in a sleep; kill, by SIGKILL; killsave, while its checkpoint is written
+                                         in that step of the run a fault, once if there is a
+                                         directory for marks, else each time: raise; hang, in a
+                                         sleep; kill, by SIGKILL; killsave, while its checkpoint is
+                                         written
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -48,6 +55,13 @@ def follow(orders: dict[str, Any]) -> None:
     if "forget" in orders:
         for path in Path(orders["forget"]).glob(".launch-*"):
             path.unlink(missing_ok=True)
+    if "break" in orders and orders["rank"] == rank:
+        module, _, name = orders["break"].partition(":")
+
+        def broken(*arguments: Any, **more: Any) -> None:
+            raise ValueError("as ordered:\nthis can't be built")
+
+        setattr(importlib.import_module(module), name, broken)
     original, steps, done = loop.train_step, 0, 0
     begin, stepped, save = session.Reporter.begin, session.Reporter.stepped, session.Reporter.save
 
@@ -62,10 +76,10 @@ def follow(orders: dict[str, Any]) -> None:
             mark.touch()
         return True
 
-    def beginning(self: Any, step: int, total_steps: int) -> None:
+    def beginning(self: Any, step: int, *rest: Any) -> None:
         nonlocal done
         done = step
-        begin(self, step, total_steps)
+        begin(self, step, *rest)
 
     def counting(self: Any, step: int) -> None:
         nonlocal done
@@ -74,7 +88,9 @@ def follow(orders: dict[str, Any]) -> None:
 
     def saving(self: Any, *arguments: Any, **more: Any) -> None:
         if ordered("killsave", done):
-            threading.Timer(orders.get("after", 0.02), os.kill, (os.getpid(), signal.SIGKILL)).start()
+            threading.Timer(
+                orders.get("after", 0.02), os.kill, (os.getpid(), signal.SIGKILL)
+            ).start()
         save(self, *arguments, **more)
 
     def train_step(*arguments: Any, **more: Any) -> Any:
@@ -95,7 +111,9 @@ def follow(orders: dict[str, Any]) -> None:
     if {"slow", "crash", "at"} & set(orders):
         loop.train_step = train_step
     if "at" in orders:
-        session.Reporter.begin, session.Reporter.stepped, session.Reporter.save = beginning, counting, saving  # type: ignore[method-assign]
+        session.Reporter.begin = beginning  # type: ignore
+        session.Reporter.stepped = counting  # type: ignore
+        session.Reporter.save = saving  # type: ignore
 
 
 if "TP_TEST_HOOK" in os.environ:
