@@ -1,9 +1,10 @@
 """Which tests run, and what CI does beside (CONTRIBUTING.md says which size to run when).
 
-`pytest` is the standard suite: all but what is marked `matrix`, which implies `slow`.
-`pytest -m "not slow"` is the loop while working, `pytest -m ""` everything. `--rotate` is for CI:
-after the standard suite it runs cells of the matrix in an order that the commit's hash gives, as
-far as the time goes.
+`pytest` is the standard suite: all but the matrix, which is what is marked so, and of tests marked
+`sampled(every)` all cells but one in so many. `pytest -m "not slow"` is the loop while working,
+`pytest -m ""` everything; the matrix and all samples are slow. `--rotate` is for CI: after the
+standard suite it runs cells of the matrix in an order that the commit's hash gives, as far as the
+time goes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +42,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what the marks imply. The cells that are sampled are those whose parameters' places
+    among their values add up to a multiple of `every`: a Latin square, in which no value is left
+    out where the other parameters have as many values as `every`, or more.
+    """
+    places = defaultdict[str, dict[str, int]](dict)  # parameter -> value -> place
     for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is not None:
+            test, total = item.nodeid.partition("[")[0], 0
+            for name, value in getattr(item, "callspec").params.items():  # noqa: B009
+                known = places[f"{test}:{name}"]
+                total += known.setdefault(repr(value), len(known))
+            item.add_marker("slow" if total % sampled.args[0] == 0 else "matrix")
         if _is_cell(item):
             item.add_marker("slow")
 

@@ -27,6 +27,8 @@ from tp_trainer.tasks import bench
 from tp_trainer.tasks.timed import Clock, environment, rates
 from tp_trainer.tasks.trace import DATA, PARTS, length, split, union
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {
     "model_type": "qwen2",

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parent.parent
 SAID = (
     "torchtitan tp2_dp1_2048x4|x :: step: 12  loss: 12.2  grad_norm: 1.5  memory: 45.12GiB(32.3%) "

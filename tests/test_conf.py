@@ -102,6 +102,7 @@ def test_the_options_that_are_promised_are_there() -> None:
     assert set(there) | {"experiment"} == {path.name for path in CONF.iterdir() if path.is_dir()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids="/".join)
 def test_every_option_composes_and_loads(group: str, option: str) -> None:
     overrides = [f"{group}={option}"]
@@ -116,6 +117,7 @@ def test_every_option_composes_and_loads(group: str, option: str) -> None:
         assert getattr(config, group).kind == option
 
 
+@pytest.mark.slow
 def test_what_the_files_say_of_degrees() -> None:
     for path in (CONF / "model").glob("*.yaml"):
         degrees = architecture(loaded(f"model={path.stem}", "parallelism=tp1_dp1")).tp_degrees()
@@ -207,6 +209,7 @@ def test_clusters_bring_their_storage_and_yield_to_a_typed_one(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", PUBLISHED)
 def test_architectures_are_the_real_ones(option: str) -> None:
     import torch

@@ -29,6 +29,7 @@ def test_every_name_that_a_page_takes_from_the_code_is_in_it(page: Path) -> None
     assert names and not [name for name in names if not re.search(rf"\b{name}\b", code)]
 
 
+@pytest.mark.slow
 def test_the_table_of_families_is_not_stale() -> None:
     """It is of one release of transformers; with another it can't be told."""
     page = ROOT / "docs" / "families.md"

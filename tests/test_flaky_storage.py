@@ -20,6 +20,8 @@ from tp_trainer.checkpoint.state import RunState
 from tp_trainer.checkpoint.store import Store, Unknown, VerifiedCheckpoint, step_name
 from tp_trainer.config import ConfigError
 
+pytestmark = pytest.mark.processes
+
 REQUESTS = ("ls", "info", "cat_file", "_open", "rm", "rm_file", "pipe_file", "makedirs")
 
 

@@ -20,6 +20,8 @@ from tp_trainer.checkpoint.owner import OWNER, Owner, owned_by
 from tp_trainer.checkpoint.store import Store
 from tp_trainer.config import ConfigError
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(params=["local", "url"])
 def store(
@@ -152,6 +154,7 @@ def _claim(root: str, launch: str, barrier: Any, answers: Any) -> None:
         answers.put((launch, False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dead", [{"started": "1"}, {"machine": "another", "heartbeat": 1000}], ids=["here", "elsewhere"]
 )

@@ -27,6 +27,8 @@ from tp_trainer.config import Config, ConfigError, load, plain
 from tp_trainer.tracker import MetricsFile, Outside, check_tracker, metrics_file, outside
 from tp_trainer.tracker.services import build_tracker
 
+pytestmark = pytest.mark.processes
+
 
 def make_config(kind: str, **tracker: Any) -> Config:
     config = load(TINY_RUN)

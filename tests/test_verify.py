@@ -27,6 +27,8 @@ from tp_trainer.tasks.verify import FULL, REDUCED, judge, shrunk, tolerances_for
 from tp_trainer.tracker import Outside
 from tp_trainer.view import View
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {
     "model_type": "qwen2",

@@ -140,6 +140,18 @@ def count_operations() -> tuple[Counter[str], Watch]:
 
 
 @contextmanager
+def passes_run() -> Iterator[None]:
+    """Graphs are compiled by all passes meanwhile, none taken from an earlier compilation; what the
+    C++ compiler made of a kernel is.
+    """
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
+@contextmanager
 def exchanges_of_graphs() -> Iterator[list[Counter[str]]]:
     """The exchanges, by kind, in each graph that is compiled meanwhile, forward and backward, once
     matmuls have been joined to them.
@@ -162,7 +174,7 @@ def exchanges_of_graphs() -> Iterator[list[Counter[str]]]:
     torch._dynamo.reset()
     with (
         pytest.MonkeyPatch.context() as patch,
-        torch._inductor.config.patch(force_disable_caches=True),
+        passes_run(),
     ):
         patch.setattr(AsyncTensorParallel, "__call__", seen)
         yield found

@@ -71,6 +71,9 @@ class RankPool:
                 raise
             warnings.warn(f"gloo crashed by itself, the case runs again: {error}", stacklevel=2)
             return self._once(world, function, *args, timeout=timeout)
+        except BaseException:  # a test's time limit, say
+            self.stop()  # the next case would read this one's answers
+            raise
 
     def _once(
         self, world: int, function: Callable[..., Any], *args: Any, timeout: float

@@ -61,7 +61,7 @@ KEPT_APART = [name for name in TYPES if RECORDS.get(name, Family(name)).passes_d
 
 
 @pytest.mark.families
-@pytest.mark.matrix(6)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("family", [*KEPT_APART, "dynamic", "longrope"])
 def test_positions_that_restart(
@@ -100,7 +100,7 @@ def test_a_family_that_cannot_keep_documents_apart_says_so(ranks: RankPool, mode
         ranks.run(1, passed, settings, packed())
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", [(2, 1), (4, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize(
     "family", ["qwen2", "gemma2_awkward", "granite_awkward", "cohere2", "phi3"]
@@ -125,7 +125,7 @@ def half_frozen(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     return run_steps(settings, steps, trainable=is_trained)
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)], ids=str)
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "odd_vocabulary_tied"])
 def test_frozen_parameters(

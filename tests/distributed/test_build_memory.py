@@ -115,6 +115,7 @@ def settings_for(weights: str, directory: Path) -> dict[str, Any]:
     return settings_of(str(directory), 2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["random", "pretrained"])
 def test_peak_of_building(ranks: RankPool, tmp_path: Path, weights: str) -> None:
     for peak, shard, largest, whole in ranks.run(
@@ -125,6 +126,7 @@ def test_peak_of_building(ranks: RankPool, tmp_path: Path, weights: str) -> None
         assert shard <= peak <= 1.3 * shard + largest < 0.6 * whole, (peak, shard, largest, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "work"), [("random", "build_whole_first"), ("pretrained", "build_from_bytes")]
 )

@@ -398,6 +398,7 @@ def save_with_fault(run_dir: str, fault: str, last: bool) -> tuple[Any, ...]:
     return raised, saved.error, names, found.step if found else None, after.path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_rank_that_fails_to_save_is_everybodys(
@@ -659,6 +660,7 @@ def test_retention(ranks: RankPool, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_kills_during_saving_tear_and_lose_nothing() -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "kill_during_save.py"
     if not script.exists():

@@ -51,6 +51,7 @@ def settings_at(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "parallelism"),
     [
@@ -137,6 +138,7 @@ def run_until_drift(settings: dict[str, Any], name: str | None) -> str:
         return str(error)
 
 
+@pytest.mark.slow
 def test_training_ends_at_a_drift(ranks: RankPool) -> None:
     name = "model.layers.1.input_layernorm.weight"
     settings = settings_of(FAMILIES["qwen2"], 2, 2, train={**SMALL, "drift_interval": 2})

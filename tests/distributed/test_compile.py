@@ -43,7 +43,7 @@ def graphs(settings: dict[str, Any]) -> tuple[int, int, list[tuple[float, float]
 BOTH = {"tp": 2, "dp": 2}
 
 
-@pytest.mark.matrix(6)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("family", "parallelism"),
     [

@@ -52,7 +52,7 @@ def forget(self: _Block) -> None:
         copy.untyped_storage().fill_(0)  # type: ignore[attr-defined]  # unseen by autograd, as the memory's next owner
 
 
-@pytest.mark.matrix(7)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(
     ("family", "parallelism", "train"),
     [

@@ -119,7 +119,7 @@ def differing(model: Any, other: Any) -> list[str]:
 
 
 @pytest.mark.families
-@pytest.mark.matrix(6)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("family", [*TYPES, "qwen2_tied", "odd_vocabulary_tied", "phi3_awkward"])
 @pytest.mark.usefixtures("here")
 def test_float32_is_bit_equal(
@@ -251,6 +251,7 @@ def test_a_model_from_random_weights_ends_text_as_its_tokenizer_does(
     )
 
 
+@pytest.mark.slow
 def test_from_the_command_line_through_ray(
     runs: Callable[[str], Path], models: Path, tmp_path: Path
 ) -> None:

@@ -212,7 +212,7 @@ TOLD = [  # whose record says more than which fields are honoured
 
 
 @pytest.mark.families
-@pytest.mark.matrix(4)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("model_type", TOLD)
 def test_without_its_record_a_family_is_refused_or_wrong(
     ranks: RankPool, tmp_path: Path, model_type: str
@@ -247,7 +247,7 @@ def steps_summed_amiss(settings: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 @pytest.mark.families
-@pytest.mark.matrix(8)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_with_other_sums_a_family_is_wrong(
     ranks: RankPool, tmp_path: Path, model_type: str

@@ -133,7 +133,7 @@ def steps(parallelism: dict[str, Any]) -> tuple[list[float], list[float], int]:
         return list(losses), list(norms), multiplied.call_count // 5
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "parallelism",
     [
@@ -194,6 +194,7 @@ def gathered(in_float8: bool, parallelism: dict[str, Any]) -> tuple[list[float],
     return numbers, sum(nbytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [2, 4])
 def test_rows_are_gathered_in_float8_and_nothing_changes(ranks: RankPool, tp: int) -> None:
     parallelism = {"tp": tp, "dp": 1, "param_dtype": "bfloat16"}
@@ -237,7 +238,7 @@ def beside(
         return trainer(settings).step(), found
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.sampled(2)
 @NEEDS_COMPILER
 @pytest.mark.parametrize(
     ("family", "parallelism", "left"),

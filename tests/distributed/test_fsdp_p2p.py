@@ -83,7 +83,7 @@ def steps(family: str, parallelism: dict[str, Any]) -> list[float]:
     return out
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("family", "layout"),
@@ -103,6 +103,7 @@ def test_the_numbers_are_those_of_fsdp2(
     assert ours == own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way", [{"activation_checkpointing": "full"}, {"reshard_after_forward": False}], ids=str
 )

@@ -91,6 +91,7 @@ def restored(settings: dict[str, Any], run_dir: str) -> Any:
     return found.step, skipped, everything(made)
 
 
+@pytest.mark.slow
 def test_save_resume_keep_tear_and_damage(ranks: RankPool, s3: dict[str, str]) -> None:
     settings = settings_of(FAMILIES["qwen2_tied"], 2, 1)
     state, errors, names = ranks.run(2, on_s3, s3, save_some, settings, RUN)[0]
@@ -140,6 +141,7 @@ def save_through_failures(settings: dict[str, Any], run_dir: str) -> Any:
     return saves.done()
 
 
+@pytest.mark.slow
 def test_a_third_of_all_requests_fails(ranks: RankPool) -> None:
     """Nothing is lost by it but time, and the user hears of it: one line a save."""
     import s3fs

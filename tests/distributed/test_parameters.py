@@ -27,6 +27,7 @@ def digest(parameters: dict[str, torch.Tensor]) -> dict[str, tuple[float, float,
     }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "family",
     ["qwen2", "qwen2_tied", "qwen3", "odd_vocabulary", "phi3", "gemma2", "olmo2", "one_kv_head"],
@@ -86,6 +87,7 @@ def test_random_weights_differ_by_seed(ranks: RankPool) -> None:
     assert not any(torch.equal(one[name], other[name]) for name in one if is_decayed(one[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_tied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pretrained_weights_are_the_files(
@@ -145,6 +147,7 @@ def structure(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_tied", "llama", "mistral", "qwen3"])
 def test_structure(ranks: RankPool, family: str) -> None:
     plain = plain_model(FAMILIES[family])

@@ -76,7 +76,7 @@ VARIANTS = [
 
 
 @pytest.mark.families
-@pytest.mark.matrix(12)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("layout", CERTIFIED_LAYOUTS)
 @pytest.mark.parametrize("family", CERTIFIED)
 def test_certificate(
@@ -87,7 +87,7 @@ def test_certificate(
 
 # those are refused: a norm spans their keys
 @pytest.mark.families
-@pytest.mark.matrix(8)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     "family", [f"{name}_awkward" for name in TYPES if name not in ("olmo2", "olmo3")]
 )
@@ -118,7 +118,7 @@ def certify_family(
     )
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "layout"), VARIANTS)
 def test_variant(
     ranks: RankPool, references: dict[str, Any], models: Path, family: str, layout: str
@@ -126,6 +126,7 @@ def test_variant(
     check(ranks, references, models, family, layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp3_dp1", "tp3_dp1_no_sp"])
 def test_nine_heads_on_three_ranks(
     ranks: RankPool, references: dict[str, Any], models: Path, layout: str
@@ -136,7 +137,7 @@ def test_nine_heads_on_three_ranks(
     check(ranks, references, models, "nine_heads", layout, seq_length=63)
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "family",
     [
@@ -156,6 +157,7 @@ def test_more_families_without_sequence_parallelism(
     check(ranks, references, models, family, "tp4_dp1_no_sp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_tied"])
 def test_family_without_sequence_parallelism(
     ranks: RankPool, references: dict[str, Any], models: Path, family: str

@@ -24,6 +24,7 @@ def steps(settings: dict[str, Any]) -> dict[str, list[float]]:
     }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", ["llama", "odd_vocabulary"])
 @pytest.mark.parametrize(
     "parallelism",

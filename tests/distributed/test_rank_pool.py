@@ -50,6 +50,7 @@ def test_worlds(ranks: RankPool, world: int) -> None:
     assert ranks.run(world, total, 10) == [10.0 * world + sum(range(world))] * world
 
 
+@pytest.mark.slow
 def test_failures() -> None:
     pool = RankPool(2)
     try:
@@ -67,6 +68,7 @@ def test_failures() -> None:
         pool.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"tp": 2, "dp": 2, "dp_replicate": 2}, {"tp": 4, "dp": 1}])
 def test_a_case_leaves_no_thread_behind(ranks: RankPool, layout: dict[str, int]) -> None:
     """Those of a process group, of whose mesh DTensor remembers something."""

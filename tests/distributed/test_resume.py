@@ -87,6 +87,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "family",
     ["qwen2", "qwen2_tied", "odd_vocabulary_tied", "one_kv_head", "phi3", "olmo2", "gemma3_text"],
@@ -109,6 +110,7 @@ def test_another_layout_has_exactly_the_same_state(
         assert after["meta"] == replace(STATE, world=4, device="cpu") and after["skipped"] == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", [{"tp": 2, "dp": 2}, {"tp": 1, "dp": 2}])
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_dropout"])
 def test_the_same_layout_goes_on_bit_for_bit(

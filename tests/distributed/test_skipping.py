@@ -89,6 +89,7 @@ def poisoned(
     return {"events": events, "outcome": outcome, "error": error, "unchanged": same, "saved": saved}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_a_step_that_is_no_number_changes_nothing_on_any_rank(
     ranks: RankPool, factor: float
@@ -112,6 +113,7 @@ def test_a_step_that_is_no_number_changes_nothing_on_any_rank(
 THREE = "step 6: loss or gradient norm is no number (or a spike), 3 steps in a row"
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run(ranks: RankPool) -> None:
     results = ranks.run(4, poisoned, settings_for(max_skipped_steps=3), [2, 4, 5, 6], float("nan"))
     assert len({result["error"] for result in results}) == 1 and results[0]["error"].startswith(
@@ -129,6 +131,7 @@ def test_too_many_in_a_row_end_the_run(ranks: RankPool) -> None:
     assert result["error"].startswith(THREE)
 
 
+@pytest.mark.slow
 def test_spikes_are_skipped_if_asked_for(ranks: RankPool) -> None:
     assert ranks.run(4, poisoned, settings_for(), [7], 50.0)[0]["unchanged"] == []
     result = ranks.run(4, poisoned, settings_for(spike_zscore=8.0, spike_window=4), [2, 7], 50.0)[0]
@@ -177,6 +180,7 @@ def wishing(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wish", "ended", "saves"),
     [

@@ -165,7 +165,7 @@ def names_before(tensors: Tensors) -> Tensors:
     return {before(name): tensor for name, tensor in tensors.items()}
 
 
-@pytest.mark.matrix(3)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("names", [names_within, names_before])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_text_part_is_the_whole_model_on_text(

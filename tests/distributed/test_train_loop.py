@@ -74,6 +74,7 @@ def settings_for(
     return {**values, "seed": seed}
 
 
+@pytest.mark.slow
 def test_intervals(ranks: RankPool) -> None:
     settings = settings_for(2, 2, log_interval=4, eval_interval=3, interval=5, max_steps=11)
     results = ranks.run(4, run_train, settings)
@@ -165,6 +166,7 @@ def test_the_learning_rate_is_used(ranks: RankPool) -> None:
     assert rising[:2] == constant[:2] and rising[2] != constant[2]
 
 
+@pytest.mark.slow
 def test_the_order_does_not_depend_on_dp(ranks: RankPool) -> None:
     losses = []
     for tp, dp in ((1, 1), (1, 2), (1, 4), (2, 2)):
@@ -182,6 +184,7 @@ def test_the_order_does_not_depend_on_dp(ranks: RankPool) -> None:
         assert other == pytest.approx(losses[0], rel=1e-6, abs=0)
 
 
+@pytest.mark.slow
 def test_a_resume_goes_on(ranks: RankPool, tmp_path: Path) -> None:
     settings = settings_for(
         2, 2, interval=4, eval_interval=3, max_steps=10, num_epochs=3, max_steps_per_epoch=3
@@ -229,6 +232,7 @@ def run_evaluate(settings: dict[str, Any]) -> tuple[float, int]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_dropout"])
 def test_evaluation_is_the_mean_over_the_validation_labels(
     ranks: RankPool, models: Path, family: str

@@ -26,6 +26,7 @@ from rank_cases import (
     Watch,
     count_operations,
     exchanges_of_graphs,
+    passes_run,
     run_steps,
     trainer,
 )
@@ -151,11 +152,7 @@ def compiled_steps(settings: dict[str, Any], steps: int) -> dict[str, Any]:
         )
         return nodes
 
-    # what comes from a cache is not ordered anew
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        torch._inductor.config.patch(force_disable_caches=True),
-    ):
+    with pytest.MonkeyPatch.context() as patch, passes_run():
         patch.setattr(overlap, "defer_matmuls", seen)
         out = run_steps(settings, steps)
     out["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
@@ -164,6 +161,7 @@ def compiled_steps(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     return out
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_compile_changes_no_number(ranks: RankPool, models: Path) -> None:
     settings = settings_of(saved(models, "qwen2"), parallelism={"tp": 2, "dp": 1, "compile": True})
@@ -194,7 +192,7 @@ def rewritten_steps(settings: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 @NEEDS_COMPILER
-@pytest.mark.matrix(3)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("family", "tp", "left"),
     # biases; two views of what is gathered; fused ones gather their outputs too

@@ -69,6 +69,7 @@ def test_split_over_tp(ranks: RankPool, layout: tuple[int, int]) -> None:
             assert elements == seq * VOCAB // tp, (operation, shape)
 
 
+@pytest.mark.slow
 def test_in_chunks_without_tp(ranks: RankPool) -> None:
     seq = 12288  # three chunks of loss.CHUNK_TOKENS
     architecture = {

@@ -247,6 +247,7 @@ def assert_close(mine: torch.Tensor, expected: torch.Tensor) -> None:
     assert (mine - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GOOD)
 def test_what_is_trained_is_what_from_pretrained_has(
     ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -299,6 +300,7 @@ def test_code_that_is_not_there_is_not_named(
     assert "auto_map" not in json.loads((out / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["old", "new", "export"])
 def test_rope_put_over_a_directory(
     ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str

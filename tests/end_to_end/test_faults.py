@@ -94,6 +94,7 @@ def test_a_worker_that_is_killed_in_a_step_and_in_a_save_and_an_exception(
     assert "workers restarted: going on from step 4" in ended.out and not launcher.processes()
 
 
+@pytest.mark.matrix
 def test_a_step_that_always_crashes(launcher: Launcher) -> None:
     ended = launcher.run(*SMALL, "cluster.max_failures=1", orders={"at": {"6": "raise"}, "rank": 0})
     assert ended.code == 1 and ended.err.count("\n") == 1, ended
@@ -114,7 +115,9 @@ def test_a_step_that_always_crashes(launcher: Launcher) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.matrix)],
+    ids=["SIGTERM", "Ctrl-C"],
 )
 def test_a_driver_that_is_told_to_stop(
     number: signal.Signals, code: int, launcher: Launcher, clean: dict[int, dict[str, Any]]
@@ -142,6 +145,7 @@ def test_a_driver_that_is_told_to_stop(
         same(run, clean)
 
 
+@pytest.mark.matrix
 def test_a_second_signal_ends_it_at_once(launcher: Launcher) -> None:
     running, run = started(launcher, 1, slow=10)
     os.kill(running.pid, signal.SIGTERM)
@@ -154,6 +158,7 @@ def test_a_second_signal_ends_it_at_once(launcher: Launcher) -> None:
     assert not (run / "summary.json").exists()
 
 
+@pytest.mark.matrix
 def test_a_stop_that_does_not_come_about(launcher: Launcher) -> None:
     running, run = started(launcher, 1, "cluster.stop_seconds=4", at={"3": "hang"})
     launcher.until(lambda: 2 in steps_of(run), running=running)
@@ -166,6 +171,7 @@ def test_a_stop_that_does_not_come_about(launcher: Launcher) -> None:
     launcher.until(lambda: not launcher.processes(), 10)
 
 
+@pytest.mark.matrix
 def test_a_worker_that_is_told_to_leave(
     launcher: Launcher, clean: dict[int, dict[str, Any]]
 ) -> None:
@@ -179,6 +185,7 @@ def test_a_worker_that_is_told_to_leave(
     assert len(rows_of(run)) == STEPS + 1
 
 
+@pytest.mark.matrix
 def test_a_rank_that_hangs(launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
     marks = launcher.cwd / "marks"
     marks.mkdir()
@@ -203,6 +210,7 @@ def test_a_rank_that_hangs(launcher: Launcher, clean: dict[int, dict[str, Any]])
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("ranks", [1, 2], ids=["one", "all"])
 def test_ranks_that_are_stopped(
     ranks: int, launcher: Launcher, clean: dict[int, dict[str, Any]]
@@ -222,6 +230,7 @@ def test_ranks_that_are_stopped(
     assert not launcher.processes()
 
 
+@pytest.mark.matrix
 def test_a_killed_driver_and_the_same_command_at_once(
     launcher: Launcher, clean: dict[int, dict[str, Any]]
 ) -> None:
@@ -260,6 +269,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.matrix
 def test_a_full_disk(
     launcher: Launcher, clean: dict[int, dict[str, Any]], small_disk: Path
 ) -> None:
@@ -281,6 +291,7 @@ def test_a_full_disk(
     same(storage / "run", clean)
 
 
+@pytest.mark.matrix
 def test_a_node_that_is_lost(launcher: Launcher, clean: dict[int, dict[str, Any]]) -> None:
     """Its raylet is killed while the run trains there; another node has come by then."""
     with socket.socket() as one:

@@ -118,6 +118,7 @@ def test_a_run_on_a_running_cluster(
     cluster.until(lambda: not cluster.workers(), 10)
 
 
+@pytest.mark.matrix
 def test_secrets_reach_the_workers_and_no_log(
     cluster: Cluster, told: tuple[Ended, Path, list[dict[str, str]], list[str]]
 ) -> None:
@@ -151,6 +152,7 @@ def test_more_workers_than_the_cluster_has(cluster: Cluster) -> None:
     assert not cluster.workers()
 
 
+@pytest.mark.matrix
 def test_a_job_joins_its_own_cluster(cluster: Cluster) -> None:
     """The environment in which `ray job submit` runs an entrypoint: the default command starts no
     second Ray.

@@ -26,6 +26,7 @@ def trains(launcher: Launcher, running: Running) -> None:
     assert len(launcher.workers()) == 2
 
 
+@pytest.mark.matrix
 def test_a_worker_that_dies_is_named(launcher: Launcher) -> None:
     """Its peers lose their connection to it, and must not be taken for the cause."""
     running = launcher.start(*SMALL, "cluster.max_failures=0")
@@ -37,6 +38,7 @@ def test_a_worker_that_dies_is_named(launcher: Launcher) -> None:
     assert summary_of(the_run(launcher.storage))["status"] == "failed"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
 )
@@ -81,6 +83,7 @@ def test_an_error_in_a_worker_is_one_line_and_1(launcher: Launcher) -> None:
     assert summary["loss"] == steps_of(run)[2]["loss"] and summary["validation_loss"] is None
 
 
+@pytest.mark.matrix
 def test_an_error_that_would_repeat_is_not_tried_again(launcher: Launcher) -> None:
     """On one rank alone, while the other goes on to where it waits for that one."""
     ended = launcher.run(*SMALL, orders={"break": "tp_trainer.optim:build_optimizer", "rank": 1})
@@ -99,6 +102,7 @@ def test_an_error_that_would_repeat_is_not_tried_again(launcher: Launcher) -> No
     assert "in broken" in (run / "failure.txt").read_text()
 
 
+@pytest.mark.matrix
 def test_workers_that_do_not_see_the_storage(launcher: Launcher) -> None:
     """As on a node that hasn't mounted it: refused in one line that names the node, and not tried
     again.

@@ -45,6 +45,7 @@ def test_a_sweep_has_one_ray_and_a_table(launcher: Launcher) -> None:
     assert "refused" in row
 
 
+@pytest.mark.matrix
 def test_a_sweep_over_layouts(launcher: Launcher) -> None:
     """The second job is larger than the first; with the same global batch, both learn the same."""
     ended = launcher.run(

@@ -15,8 +15,6 @@ from launching import Launcher, Reference, copy_run, rows_of, steps_of, summary_
 
 from tp_trainer.checkpoint.store import Store, VerifiedCheckpoint
 
-pytestmark = pytest.mark.slow
-
 STEP_FIELDS = [
     "step",
     "epoch",
@@ -158,6 +156,7 @@ def test_tensorboard_has_every_step(reference: Reference) -> None:
         assert each.value == pytest.approx(steps_of(reference.run)[each.step]["loss"])
 
 
+@pytest.mark.slow
 def test_the_same_command_again_says_finished(reference: Reference) -> None:
     before = {path: path.stat().st_mtime_ns for path in reference.run.rglob("*") if path.is_file()}
     sessions = reference.launcher.sessions()
@@ -173,6 +172,7 @@ def test_the_same_command_again_says_finished(reference: Reference) -> None:
     } == before
 
 
+@pytest.mark.matrix
 def test_kill_9_of_the_driver_and_of_a_worker(reference: Reference, launcher: Launcher) -> None:
     """Twice killed, the run ends as if nothing had been: same losses and gradient norms, bit by
     bit.
@@ -221,6 +221,7 @@ def test_kill_9_of_the_driver_and_of_a_worker(reference: Reference, launcher: La
     assert [row["step"] for row in rows_of(run)].count(9) == 2, "done again, and logged again"
 
 
+@pytest.mark.slow
 def test_a_saved_config_goes_on_in_another_layout(reference: Reference, launcher: Launcher) -> None:
     """Longer and as tp1_dp4, from a copy of the reference's directory; the global batch stays."""
     run = launcher.storage / reference.run.name
@@ -279,6 +280,7 @@ def test_a_saved_config_goes_on_in_another_layout(reference: Reference, launcher
     assert json.loads((run / "step_00000016" / "state.json").read_text())["global_batch_size"] == 8
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_only_reading_shows_to_be_damaged(
     reference: Reference, launcher: Launcher
 ) -> None:
@@ -313,6 +315,7 @@ def test_a_checkpoint_that_only_reading_shows_to_be_damaged(
     ] == "finished", "as it was"
 
 
+@pytest.mark.matrix
 def test_a_pinned_checkpoint_begins_another_run(reference: Reference, launcher: Launcher) -> None:
     pinned = reference.run / "step_00000008"
     ended = launcher.run(
@@ -337,6 +340,7 @@ def test_a_pinned_checkpoint_begins_another_run(reference: Reference, launcher: 
     ], "left alone"
 
 
+@pytest.mark.matrix
 def test_dropout_of_a_shared_residual_stream_is_shared_and_checkpoints_by_the_clock(
     launcher: Launcher,
 ) -> None:
