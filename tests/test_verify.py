@@ -58,7 +58,7 @@ def test_through_ray(tmp_path: Path) -> None:
         "experiment_name=checked",
         f"checkpoint.storage_path={tmp_path}",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "checked" / "verify.json").read_text())
     assert (

@@ -216,7 +216,7 @@ sys.exit(7)
     assert process.stdout.readline() == b"tiny-run: 2 steps on 4 cpu workers (dp=2 x tp=2)\n"
     process.stdout.close()
     process.stdin.close()
-    assert process.wait(60) == 7 and process.stderr.read() == b""
+    assert process.wait() == 7 and process.stderr.read() == b""
 
 
 def test_the_closing_block_names_what_went_wrong_outside() -> None:

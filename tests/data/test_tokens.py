@@ -284,9 +284,7 @@ tokenise = tokens._tokenise
 def both_at_once(*arguments):
     tokenise(*arguments)
     open(me, "w").close()
-    deadline = time.monotonic() + 60
     while not os.path.exists(other):  # neither publishes before both have made theirs
-        assert time.monotonic() < deadline
         time.sleep(0.001)
 tokens._tokenise = both_at_once
 print(tokens.prepare(Data(source="jsonl", name=name, cache_dir=cache), "embedded", 4096, "train"))
@@ -303,7 +301,7 @@ def test_two_processes_at_once(data: Data, tmp_path) -> None:
         )
         for pair in (flags, flags[::-1])
     ]
-    found = [racer.communicate(timeout=120)[0] for racer in racers]
+    found = [racer.communicate()[0] for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0]
     assert found[0] == found[1] != ""
     directory = Path(found[0].strip())

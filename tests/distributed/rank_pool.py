@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -23,8 +24,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from stillness import Stillness, with_descendants
+
 RANKS = 4
-START_SECONDS = 240  # for imports, on a machine that is busy
+HANGS = (1.0, 60.0)  # CPU seconds of all ranks together in so many; gloo's waits take 0.3
+LOOK_SECONDS = 0.5
 GRACE_SECONDS = 10  # for the other ranks, once one has failed
 # a segmentation fault in a thread of gloo's, which runs no Python: once in some fifteen runs of all
 # tests with torch 2.13, in no case in particular (what stands between is the stack of that thread)
@@ -42,42 +46,36 @@ class RankPool:
     once.
     """
 
-    def __init__(self, size: int = RANKS) -> None:
-        self.size = size
+    def __init__(self, size: int = RANKS, hangs: tuple[float, float] = HANGS) -> None:
+        self.size, self.hangs = size, hangs
         self.directory = Path(tempfile.mkdtemp(prefix="rank-pool-"))
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
         self.cases = 0
 
-    def run(
-        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 300
-    ) -> list[Any]:
+    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """The results of `function(*args)` on the first `world` ranks, with a fresh default process
         group of them.
 
         Args:
             function: of a module's top level; it and its arguments and results are pickled.
-            timeout: seconds after which the case counts as hung. The processes are then started
-                anew.
 
         Raises:
             RankError: with the traceback of the first rank that failed, or the stack of those that
-                hang.
+                hang: all ranks stand still. The processes are then started anew.
         """
         try:
-            return self._once(world, function, *args, timeout=timeout)
+            return self._once(world, function, *args)
         except RankError as error:
             if not IN_GLOO.search(str(error)):
                 raise
             warnings.warn(f"gloo crashed by itself, the case runs again: {error}", stacklevel=2)
-            return self._once(world, function, *args, timeout=timeout)
+            return self._once(world, function, *args)
         except BaseException:  # a test's time limit, say
             self.stop()  # the next case would read this one's answers
             raise
 
-    def _once(
-        self, world: int, function: Callable[..., Any], *args: Any, timeout: float
-    ) -> list[Any]:
+    def _once(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         self._start()
         self.cases += 1
         store = str(self.directory / f"store-{self.cases}")
@@ -85,12 +83,10 @@ class RankPool:
             pipe.send_bytes(pickle.dumps((world, store, function, args)))
         results: dict[int, Any] = {}
         failed: dict[int, str] = {}
-        deadline = time.monotonic() + timeout
+        still, deadline = self._stillness(), math.inf
         while len(results) + len(failed) < world:
             pending = [rank for rank in range(world) if rank not in results and rank not in failed]
-            ready = wait(
-                [self.pipes[rank] for rank in pending], max(0.0, deadline - time.monotonic())
-            )
+            ready = wait([self.pipes[rank] for rank in pending], LOOK_SECONDS)
             for rank in pending:
                 if self.pipes[rank] in ready:
                     try:
@@ -101,11 +97,11 @@ class RankPool:
                     if not ok:
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             # out of time: with a failed rank the others can't go on, without one they hang
-            if not ready:
+            if not ready and (still() or time.monotonic() > deadline):
                 hung = "".join(f"\n--- rank {rank} hangs\n{self._stack(rank)}" for rank in pending)
                 self.stop()
                 if not failed:
-                    raise RankError(f"no answer after {timeout:g} s{hung}")
+                    raise RankError(f"no answer, {still}{hung}")
                 break
         if failed:
             if any("died" in value for value in failed.values()):
@@ -138,11 +134,17 @@ class RankPool:
             theirs.close()
             self.processes.append(process)
             self.pipes.append(ours)
+        still = self._stillness()
         for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(START_SECONDS):
-                self.stop()
-                raise RankError(f"rank {rank} did not start within {START_SECONDS} s")
+            while not pipe.poll(LOOK_SECONDS):
+                if still():
+                    self.stop()
+                    raise RankError(f"rank {rank} did not start, {still}")
             pipe.recv_bytes()
+
+    def _stillness(self) -> Stillness:
+        pids = [process.pid for process in self.processes]
+        return Stillness(lambda: with_descendants(pids), *self.hangs)
 
     def _death(self, rank: int) -> str:
         """How a rank's process ended, and where it was if a signal ended it."""

@@ -405,9 +405,7 @@ def test_a_rank_that_fails_to_save_is_everybodys(
     ranks: RankPool, tmp_path: Path, fault: str, last: bool
 ) -> None:
     run_dir = str(tmp_path / "run")
-    for raised, error, names, found, after in ranks.run(
-        2, save_with_fault, run_dir, fault, last, timeout=60
-    ):
+    for raised, error, names, found, after in ranks.run(2, save_with_fault, run_dir, fault, last):
         assert FAULTS[fault][2] in error and found == 1
         assert raised == (f"checkpoint of step 2 failed: {error}" if last else None), (
             "the last save of a run must count"
@@ -494,10 +492,13 @@ def test_weights_that_are_not_finite_are_not_published(ranks: RankPool, tmp_path
 
 
 @contextmanager
-def slow_disk(seconds: float) -> Any:
+def slow_disk(seconds: float, gate: threading.Event | None = None) -> Any:
+    """Each file takes so long to be closed, and none is before the gate is open."""
     original = Sink.close
 
     def close(self: Sink) -> Any:
+        if gate is not None:
+            gate.wait()
         time.sleep(seconds)
         return original(self)
 
@@ -517,7 +518,10 @@ def save_and_train_on(run_dir: str, asynchronous: bool) -> dict[str, Any]:
         gather(*arguments, **more)
 
     run.saves.done()
-    with slow_disk(0.3), mock.patch.object(dist, "all_gather_object", all_gather_object):
+    gate = threading.Event()
+    if not asynchronous:
+        gate.set()
+    with slow_disk(0.3, gate), mock.patch.object(dist, "all_gather_object", all_gather_object):
         run.step()
         expected, rng = run.everything(), torch.get_rng_state()
         path = run.save(2, last=False)
@@ -527,9 +531,9 @@ def save_and_train_on(run_dir: str, asynchronous: bool) -> dict[str, Any]:
             run.step()
             torch.rand(3)
         early = run.saves.done()
-        began = time.perf_counter()
+        threading.Timer(0.5, gate.set).start()
         run.save(3, last=False)  # waits for the one before
-        waited = time.perf_counter() - began
+        waited = gate.is_set()
         (saved,) = [each for each in early + run.saves.done() if each.step == 2]
         run.saves.wait()
     dist.barrier()
@@ -562,8 +566,8 @@ def test_training_goes_on_while_the_copy_is_written(ranks: RankPool, tmp_path: P
         assert seen["asked"] == {"save-2", "save-3"}, "the training thread asks no other rank"
         assert (
             seen["saved"].path
-            and seen["saved"].pause_seconds < 0.2 < 0.5 < seen["saved"].seconds
-            and seen["waited"] > 0.2
+            and seen["saved"].pause_seconds < seen["saved"].seconds
+            and seen["waited"]
         )
         assert seen["saved"].bytes > 3 * 4 * 64 * 14 and len(seen["pauses"]) == 3
 

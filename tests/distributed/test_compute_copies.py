@@ -74,7 +74,6 @@ def test_block_by_block_gives_the_same_numbers(
             family,
             {**parallelism, "compute_copies": way},
             train,
-            timeout=400,
         )[0]
         for way in (True, False)
     )

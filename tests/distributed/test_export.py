@@ -267,9 +267,7 @@ def test_from_the_command_line_through_ray(
         "export.max_shard_gib=0.0002",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert f"{tmp_path}/out" in done.stdout and "float32" in done.stdout and "step 3" in done.stdout
     assert differing(original(models, "qwen2_tied"), reloaded(tmp_path / "out")) == []

@@ -252,7 +252,7 @@ def test_products_go_on_beside_the_exchange(
     world = parallelism["tp"] * parallelism["dp"]
     expected, _ = ranks.run(world, beside, parallelism, family)[0]
     given, (forward, backward) = ranks.run(
-        world, beside, {**parallelism, "compile": True, "async_tp": True}, family, timeout=400
+        world, beside, {**parallelism, "compile": True, "async_tp": True}, family
     )[0]
     both = Counter(
         all_gather_matmul=2, matmul_reduce_scatter=2, all_reduce=2

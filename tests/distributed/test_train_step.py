@@ -165,7 +165,7 @@ def compiled_steps(settings: dict[str, Any], steps: int) -> dict[str, Any]:
 @NEEDS_COMPILER
 def test_compile_changes_no_number(ranks: RankPool, models: Path) -> None:
     settings = settings_of(saved(models, "qwen2"), parallelism={"tp": 2, "dp": 1, "compile": True})
-    results = ranks.run(2, compiled_steps, settings, 3, timeout=400)
+    results = ranks.run(2, compiled_steps, settings, 3)
     assert results[0]["graphs"] >= 1
     # each linear layer's two
     backward = next(order for order in results[0]["orders"] if order.count("mm") == 2 * 7)
@@ -204,7 +204,7 @@ def test_exchange_and_products_become_one(
     settings = settings_of(
         saved(models, family), parallelism={"tp": tp, "dp": 1, "compile": True, "async_tp": True}
     )
-    results = ranks.run(tp, rewritten_steps, settings, 3, timeout=400)
+    results = ranks.run(tp, rewritten_steps, settings, 3)
     forward, backward = results[0]["exchanges"][:2]
     assert forward == Counter(
         all_gather_matmul=2, matmul_reduce_scatter=2, all_gather_into_tensor=left

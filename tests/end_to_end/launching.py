@@ -10,16 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stillness import Stillness
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 300  # seconds for one run of the program
+HANGS = (10.0, 60.0)  # CPU seconds of driver and Ray in so many; a Ray that idles takes 1.3
 QUICK = (
     "model.overrides.num_hidden_layers=1",
     "data.seq_length=32",
@@ -54,7 +55,14 @@ def _children() -> float:
 class Running:
     """A program that runs, in a process group of its own."""
 
-    def __init__(self, command: list[str], cwd: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        cwd: Path,
+        env: dict[str, str],
+        others: Callable[[], Iterable[int]],
+    ) -> None:
+        self.others = others  # the processes that work for it
         # closed by wait()
         self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         self.began, self.used = time.monotonic(), _children()
@@ -74,13 +82,20 @@ class Running:
     def pid(self) -> int:
         return self.process.pid
 
-    def wait(self, timeout: float = LIMIT) -> Ended:
-        """Wait for its end. Past the time it is killed, and the test fails with what it said."""
-        late = False
-        try:
-            code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            late = True
+    def stillness(self, window: float = HANGS[1]) -> Stillness:
+        return Stillness(lambda: {self.pid, *self.others()}, HANGS[0], window)
+
+    def wait(self, window: float = HANGS[1]) -> Ended:
+        """Wait for its end. If it stands still it is killed, and the test fails with what it said.
+
+        Args:
+            window: in which it stands still; longer where it waits for a timer.
+        """
+        still = self.stillness(window)
+        while (code := self.process.poll()) is None and not still():
+            time.sleep(0.05)
+        hangs = code is None
+        if code is None:
             self.kill()
             code = self.process.wait()
         texts = []
@@ -95,7 +110,7 @@ class Running:
             time.monotonic() - self.began,
             _children() - self.used,
         )
-        assert not late, f"still running after {timeout} s: {ended}"
+        assert not hangs, f"stands still, {still}: {ended}"
         return ended
 
     def kill(self) -> None:
@@ -152,7 +167,7 @@ class Launcher:
         return self.start(*overrides, env=env, orders=orders).wait()
 
     def execute(self, command: list[str], env: dict[str, str] | None = None) -> Running:
-        self.started.append(Running(command, self.cwd, env or self.env))
+        self.started.append(Running(command, self.cwd, env or self.env, self.processes))
         return self.started[-1]
 
     @property
@@ -186,19 +201,14 @@ class Launcher:
     def workers(self) -> list[int]:
         return sorted(pid for pid, title in self.processes().items() if "RayTrainWorker" in title)
 
-    def until(
-        self, condition: Callable[[], Any], seconds: float = LIMIT, running: Running | None = None
-    ) -> float:
-        """Wait until a condition holds; how long that took."""
-        began = time.monotonic()
+    def until(self, condition: Callable[[], Any], running: Running | None = None) -> None:
+        """Wait until a condition holds. It fails once nothing is at work that could bring it."""
+        still = running.stillness() if running else Stillness(self.processes, *HANGS)
         while not condition():
             if running is not None and running.process.poll() is not None:
                 pytest.fail(f"ended early: {running.wait()}")
-            assert time.monotonic() - began < seconds, (
-                f"not within {seconds} s; processes: {self.processes()}"
-            )
+            assert not still(), f"stands still, {still}; processes: {self.processes()}"
             time.sleep(0.05)
-        return time.monotonic() - began
 
     def close(self) -> None:
         for each in self.started:
@@ -207,7 +217,7 @@ class Launcher:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         with suppress(AssertionError):
-            self.until(lambda: not self.processes(), 10)
+            self.until(lambda: not self.processes())
         shutil.rmtree(self.ray_dir, ignore_errors=True)
 
 

@@ -650,7 +650,6 @@ def test_a_second_run_of_the_same_name(launch: Call, tmp_path: Path) -> None:
         f"experiment_name=a: is being trained by process {os.getpid()} on {socket.gethostname()},"
         " since 2",
     )
-    assert ended.seconds < 5
     owner.release()
     assert launch("experiment_name=a").code == WENT_ON
     assert not (tmp_path / "outputs" / "a" / OWNER).exists(), "given back, however it ends"

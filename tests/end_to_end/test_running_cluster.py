@@ -47,10 +47,8 @@ class Cluster(Launcher):
             "--disable-usage-stats",
         ]
         self.head = self.execute(command, self.env | self.hook_env)
-        self.until(
-            lambda: any("raylet" in title for title in self.processes().values()), 60, self.head
-        )
-        self.until(lambda: "--block" in self.said(), 60, self.head)
+        self.until(lambda: any("raylet" in title for title in self.processes().values()), self.head)
+        self.until(lambda: "--block" in self.said(), self.head)
 
     def said(self) -> str:
         return Path(f"/proc/{self.head.pid}/fd/1").read_text()
@@ -115,7 +113,7 @@ def test_a_run_on_a_running_cluster(
             "the package travels with the job"
         )
     assert cluster.head.process.poll() is None, "the cluster stays"
-    cluster.until(lambda: not cluster.workers(), 10)
+    cluster.until(lambda: not cluster.workers())
 
 
 @pytest.mark.matrix
@@ -139,7 +137,7 @@ def test_secrets_reach_the_workers_and_no_log(
 
 def test_more_workers_than_the_cluster_has(cluster: Cluster) -> None:
     ended = cluster.run("cluster=ray", f"cluster.address={cluster.address}", "parallelism=tp4_dp2")
-    assert ended.code == 2 and ended.err.count("\n") == 1 and ended.seconds < 30, ended
+    assert ended.code == 2 and ended.err.count("\n") == 1, ended
     assert ended.err.startswith(
         "error: parallelism=tp4_dp2: needs 8 workers with 1 CPUs each, the cluster has 4 CPUs"
     ), ended

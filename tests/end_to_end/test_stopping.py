@@ -49,12 +49,12 @@ def test_a_signal_while_it_starts(number: signal.Signals, code: int, launcher: L
         lambda: any("raylet" in title for title in launcher.processes().values()), running=running
     )
     (os.killpg if number == signal.SIGINT else os.kill)(running.pid, number)
-    ended = running.wait(20)
+    ended = running.wait()
     assert ended.code == code and "Traceback" not in ended.out + ended.err, ended
     assert "stopped\n  steps" in ended.out and "launch.py" in ended.out.split("go on with")[1], (
         ended
     )
-    launcher.until(lambda: not launcher.processes(), 10)
+    launcher.until(lambda: not launcher.processes())
 
 
 def test_an_error_in_a_worker_is_one_line_and_1(launcher: Launcher) -> None:

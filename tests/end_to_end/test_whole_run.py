@@ -190,10 +190,7 @@ def test_kill_9_of_the_driver_and_of_a_worker(reference: Reference, launcher: La
     os.kill(first.pid, signal.SIGKILL)
     ended = first.wait()
     assert ended.code == 128 + signal.SIGKILL and not (run / "summary.json").exists()
-    assert launcher.until(lambda: not launcher.workers(), 20) < 10, (
-        "workers don't outlive the driver by much"
-    )
-    launcher.until(lambda: not launcher.processes(), 30)
+    launcher.until(lambda: not launcher.processes())
 
     second = launcher.start(*reference.overrides, "tracker=none", orders=slow)
     launcher.until(
