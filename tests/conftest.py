@@ -76,6 +76,7 @@ class Rotation:
         self.end = time.monotonic() + seconds
         self.cells, self.left = 0, list[str]()
         self.unsteady = dict[str, str]()  # test -> the text of its first failure
+        self.seconds = defaultdict[str, float](float)  # by file
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -100,6 +101,7 @@ class Rotation:
         return None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid.partition("::")[0]] += report.duration
         if str(report.outcome) == "rerun":
             self.unsteady.setdefault(report.nodeid, report.longreprtext)
 
@@ -111,6 +113,8 @@ class Rotation:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         write = terminalreporter.write_line
+        longest = sorted(self.seconds.items(), key=lambda each: -each[1])[:25]
+        write(f"seconds by file: {', '.join(f'{file} {used:.0f}' for file, used in longest)}")
         write(f"matrix: {self.cells - len(self.left)} of {self.cells} cells ran; not these:")
         for name in sorted(self.left):
             write(f"  {name}")

@@ -32,7 +32,7 @@ def process() -> Iterator[Callable[[str], int]]:
 
 def looks(pid: int) -> Iterator[bool]:
     """For two seconds, of a window of one."""
-    still, end = Stillness(lambda: with_descendants([pid]), 0.2, 1.0), time.monotonic() + 2
+    still, end = Stillness(lambda: with_descendants([pid]), 0.05, 1.0), time.monotonic() + 2
     while time.monotonic() < end:
         yield still()
         time.sleep(0.05)
