@@ -103,7 +103,7 @@ def test_the_options_that_are_promised_are_there() -> None:
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids="/".join)
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
 def test_every_option_composes_and_loads(group: str, option: str) -> None:
     overrides = [f"{group}={option}"]
     if group == "model":
