@@ -427,7 +427,7 @@ def test_a_sweep_shows_tokens_per_second(
     assert json.loads((tmp_path / "sweep" / "1" / "job.json").read_text())["objective"] == -4000
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_through_ray(tmp_path: Path) -> None:
     """A sweep of two, in a directory where a training run of the name lies: two lines, a table, and
     the run as it was.

@@ -42,8 +42,7 @@ def ran(
     """pytest's code and output, of a suite of its own in which so many tests fail once."""
     for directory in (where, where / inside):
         directory.mkdir(exist_ok=True)
-    for name in ("conftest.py", "rotation.py"):
-        shutil.copy(Path(__file__).parent / name, where)
+    shutil.copy(Path(__file__).parent / "conftest.py", where)
     (where / "pytest.ini").write_text('[pytest]\naddopts = -m "not matrix"\n')
     names = [f"{inside}-{number}" for number in range(unsteady)]
     (where / inside / "test_it.py").write_text(SUITE.replace("NAMES", repr(names)))
@@ -61,21 +60,19 @@ def test_three_sizes(tmp_path: Path) -> None:
     assert "15 passed" in ran(tmp_path, "-m", "")[1]
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n2"])
-def test_cells_are_begun_while_there_is_time(workers: str, tmp_path: Path) -> None:
-    code, out = ran(tmp_path, workers, "--rotate", "60")
+def test_cells_are_begun_while_there_is_time(tmp_path: Path) -> None:
+    code, out = ran(tmp_path, "--rotate", "60")
     assert code == 0 and "15 passed" in out and "12 of 12 cells ran" in out, out
-    code, out = ran(tmp_path, workers, "--rotate", "0")
+    code, out = ran(tmp_path, "--rotate", "0")
     assert code == 0 and "3 passed" in out and "0 of 12 cells ran" in out, out
     assert "\n  distributed/test_it.py::test_cell[0]\n" in out
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n2"])
 @pytest.mark.parametrize(("unsteady", "code"), [(2, 0), (3, 1)])
 def test_what_fails_once_is_listed_and_three_are_too_many(
-    unsteady: int, code: int, workers: str, tmp_path: Path
+    unsteady: int, code: int, tmp_path: Path
 ) -> None:
-    found, out = ran(tmp_path, workers, "--rotate", "60", unsteady=unsteady)
+    found, out = ran(tmp_path, "--rotate", "60", unsteady=unsteady)
     assert found == code, out
     assert f"{unsteady} unsteady" in out and "for the first time: distributed-0" in out
 

@@ -239,8 +239,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "bos_token_id": 0,
         "eos_token_id": 1,
     },
-    # at the clip a gradient jumps: of 2.6 million values in 20 steps some 400 are beyond it, and none
-    # within 3e-5 of it, so that no rounding moves one across
+    # at the clip a gradient jumps: of 2.6 million values in 20 steps some 400 are beyond it, and
+    # none within 3e-5 of it, so that no rounding moves one across
     "olmo": {"model_type": "olmo", **SIZES, "clip_qkv": 1.4932, "pad_token_id": 0},
     "olmo3": {
         "model_type": "olmo3",

@@ -25,7 +25,7 @@ from tp_trainer.loop import evaluate
 
 WINDOWS, LENGTH = 4, 510  # divisible by 3; as many labels as inputs
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,7 @@ class Launcher:
             "RAY_TMPDIR": str(self.ray_dir),
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "RAY_worker_niceness": "0",  # 15 by default: beside other work they would stand still
         }
         self.started: list[Running] = []
 

@@ -19,7 +19,7 @@ pytest.importorskip("moto")
 pytest.importorskip("s3fs")
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_run_on_s3_and_its_resume(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     with s3_server() as env:
         for key, value in env.items():

@@ -277,7 +277,7 @@ def test_a_saved_config_goes_on_in_another_layout(reference: Reference, launcher
     assert json.loads((run / "step_00000016" / "state.json").read_text())["global_batch_size"] == 8
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_checkpoint_that_only_reading_shows_to_be_damaged(
     reference: Reference, launcher: Launcher
 ) -> None:
