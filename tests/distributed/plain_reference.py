@@ -4,6 +4,7 @@ config and data only.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -473,6 +474,15 @@ class Reference:
         """The mean over all labels that count."""
         logits = self.model(input_ids=inputs, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+    def exact_gradients(
+        self, inputs: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Unclipped, in float64 as far as transformers goes along (norms are float32)."""
+        exact = copy.deepcopy(self.model).double()
+        logits = exact(input_ids=inputs, use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).backward()
+        return {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
 
     def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
         loss = self.loss(inputs, labels)
