@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch._dynamo
 import torch._dynamo.utils
 from plain_reference import FAMILIES, settings_of
-from rank_cases import trainer
+from rank_cases import NEEDS_COMPILER, trainer
 from rank_pool import RankPool
 from torch import nn
 
@@ -69,4 +70,32 @@ def test_one_graph_serves_all_layers(
     assert 0 < many[0] == few[0], "layers have graphs of their own"
     assert many[1] == few[1] == 0, "a graph breaks off"
     for got, expected in zip(many[2], of(5, False)[2], strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
+
+
+def compiled_steps(settings: dict[str, Any]) -> list[tuple[float, float]]:
+    made = trainer(settings)
+    return [made.step() for _ in range(2)]
+
+
+@NEEDS_COMPILER
+@pytest.mark.matrix
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs AVX-512, to have two"
+)
+def test_a_cache_from_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As machines of several kinds share a home directory."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def steps(compiled: bool, capability: str) -> list[tuple[float, float]]:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        settings = settings_of(FAMILIES["qwen2"], parallelism={"tp": 1, "compile": compiled})
+        pool = RankPool(1)
+        try:
+            return pool.run(1, compiled_steps, settings)[0]  # type: ignore[no-any-return]
+        finally:
+            pool.stop()
+
+    steps(True, "avx2")
+    for got, expected in zip(steps(True, "avx512"), steps(False, "avx512"), strict=True):
         assert got == pytest.approx(expected, rel=1e-5)

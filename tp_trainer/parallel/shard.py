@@ -4,7 +4,7 @@ parameters are already split over tp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -49,12 +49,7 @@ def shard(
             tables must not be listed: they stay in the root's group, together.
     """
     recomputed = _recomputed(selective=parallelism.activation_checkpointing == "selective")
-    options = None
-    if fast.compile.on and mesh.tensor.size > 1:
-        # not before it is wanted: it brings the compiler
-        from tp_trainer.parallel.fast.overlap import compile_options
-
-        options = compile_options(fast.async_tp.on)
+    options = _compile_options(mesh, fast) if fast.compile.on else None
     for layer in layers:
         if parallelism.activation_checkpointing != "none":
             layer.forward = MethodType(recomputed, layer)
@@ -91,6 +86,19 @@ def shard(
         for module in tables[0]:
             # looking up takes rows; their gradient needs ids alone
             module.set_unshard_in_backward(False)  # type: ignore[operator]
+
+
+def _compile_options(mesh: Mesh, fast: FastPaths) -> Mapping[str, object] | None:
+    # not before they are wanted: they bring the compiler
+    if mesh.device.type == "cpu":
+        from tp_trainer.parallel.fast.caches import name_instruction_set
+
+        name_instruction_set()
+    if mesh.tensor.size == 1:
+        return None
+    from tp_trainer.parallel.fast.overlap import compile_options
+
+    return compile_options(fast.async_tp.on)
 
 
 def place(model: nn.Module, mesh: Mesh) -> None:
