@@ -11,6 +11,13 @@ import pytest
 from stillness import Stillness, cpu_seconds, with_descendants
 
 SPIN = "while True: pass"
+GLOO = f"""
+import ctypes, threading
+def loop():
+    ctypes.CDLL(None).prctl(15, b"gloo_tcp_loop")
+    {SPIN}
+threading.Thread(target=loop).start()
+"""
 NAP = "import time\ntime.sleep(3600)"
 CHILD = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {SPIN!r}])"
 
@@ -49,6 +56,13 @@ def test_what_works_does_not_stand_still(code: str, process: Callable[[str], int
 def test_what_waits_stands_still(process: Callable[[str], int]) -> None:
     pid = process(NAP)
     while not any(looks(pid)):  # once it has started
+        pass
+
+
+def test_gloos_threads_are_no_work(process: Callable[[str], int]) -> None:
+    """They poll, and those of many groups do so for good."""
+    pid = process(GLOO)
+    while not any(looks(pid)):
         pass
 
 
