@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -718,8 +719,13 @@ def test_a_cluster_that_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def test_no_cluster_to_be_found(launcher: Launcher) -> None:
-    refused(
-        launcher.run("cluster=ray", "tracker=none"),
-        "error: cluster.address=auto: no Ray cluster answers there",
-    )
+def test_no_cluster_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs on this machine."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(lambda: set[str]()))
+    config = load({"cluster": {"kind": "ray"}, "model": {"name": None, "architecture": TINY}})
+    with (
+        pytest.raises(ConfigError, match="address=auto: no Ray cluster answers there"),
+        ray_cluster.connected(config.cluster, 4),
+    ):
+        pass

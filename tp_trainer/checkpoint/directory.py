@@ -5,6 +5,7 @@ large ones block by block. No torch.
 from __future__ import annotations
 
 import fnmatch
+import io
 import json
 import os
 import shutil
@@ -93,12 +94,10 @@ class RunDirectory:
             ValueError: there is one, and it can't be read or has no keys. One line.
         """
 
-        def load() -> Any:
-            with self.fs.open(f"{self.root}/{name}", "r") as file:
-                return OmegaConf.to_container(OmegaConf.load(file))
-
         try:
-            content = again(self.fs, load)
+            # asked for again where the storage fails; what it holds stays as it is
+            text = again(self.fs, lambda: self.fs.cat_file(f"{self.root}/{name}"))
+            content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text.decode())))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, YAMLError) as error:
