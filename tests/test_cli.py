@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -521,6 +522,7 @@ def test_groups_go_over_a_saved_config(launch: Any, driver: Driver, tmp_path: Pa
             "-m",
             "parallelism=tp1_dp2,tp2_dp1",
             "seed=1",
+            "experiment_name=cmp-${hydra:runtime.choices.parallelism}",
             "hydra.sweep.dir=sweep",
         ).code
         == 0
@@ -727,6 +729,140 @@ def test_a_sweep_ends_with_its_table(launch: Any, driver: Driver, tmp_path: Path
     assert "parallelism=tp1_dp4" in table and "seed=1" not in table  # only what varied
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (
+            "experiment_name=cmp parallelism=tp1_dp1,tp1_dp2",
+            "cmp-${hydra:runtime.choices.parallelism}",
+        ),
+        (
+            "parallelism.reshard_after_forward=true,false",
+            "tiny-embedded-${parallelism.reshard_after_forward}",
+        ),
+        ("train.max_steps=5,7", "tiny-embedded-${train.max_steps}"),
+        ("seed=1,2,1", "tiny-embedded-${hydra:job.num}"),
+        ("seed=1,1", "tiny-embedded-${hydra:job.num}"),
+        ("experiment_name=a optim.lr=1e-3,2e-3 seed=1,2", "a-${optim.lr}-${seed}"),
+        ("experiment_name=a-${seed} optim.lr=1e-3,2e-3 seed=1,2", "a-1-${optim.lr}-${seed}"),
+        ("experiment_name=a train.log_interval=5,7", "a-${train.log_interval}"),
+        ("experiment_name=a tracker.project=x/y,x", "a-${hydra:job.num}"),
+    ],
+)
+def test_a_sweep_whose_jobs_would_share_a_run(
+    overrides: str, name: str, launch: Any, driver: Driver
+) -> None:
+    """The name that is to be typed is one that works."""
+    sweep = ("-m", *overrides.split(), "hydra.sweep.dir=sweep")
+    ended = launch(*sweep)
+    assert ended.code == 2 and not driver.configs, ended
+    assert f"; type 'experiment_name={name}'" in ended.err and ended.err.count("\n") == 1
+    named = [each for each in sweep if not each.startswith("experiment_name")]
+    ended = launch(*named, f"experiment_name={name}")
+    assert ended.code == 0, ended
+    assert len({config.run_dir for config in driver.configs}) == len(driver.configs) > 1
+
+
+def test_jobs_that_start_no_run_share_none(launch: Any, driver: Driver) -> None:
+    for each in ("dry_run=true", "task=bench"):
+        ended = launch("-m", "train.log_interval=5,7", each)
+        assert "2 jobs of" in ended.out and "would share" not in ended.err, ended
+
+
+@pytest.mark.parametrize(
+    ("typed", "arrives"),
+    [
+        ("experiment_name=2026_11_26", "2026_11_26"),
+        ("experiment_name=1e3", "1e3"),
+        ("experiment_name=true", "true"),
+        ("experiment_name=007", "007"),
+        ("++experiment_name=1_0", "1_0"),
+        ("experiment_name='1_0'", "1_0"),
+        ("data.text_column=1.10", "1.10"),
+        ("data.text_column=nan", "nan"),
+        ("cluster.env.FLAG=true", "true"),
+        ("cluster.env.VERSION=1.10", "1.10"),
+        ("+cluster.env.VERSION=1.10", "1.10"),
+        ("cluster.env={VERSION: '1.10', N: 5}", "1.10"),
+        ("experiment_name=${data.text_column}-1", "text-1"),
+    ],
+)
+@pytest.mark.parametrize("sweep", [False, True])
+def test_text_arrives_as_it_was_typed(
+    typed: str, arrives: str, sweep: bool, launch: Any, driver: Driver, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"1.10": "x", "nan": "x", "text": "x"}\n')
+    many = ("-m", "optim.lr=1e-3", "hydra.sweep.dir=sweep") if sweep else ()
+    ended = launch(typed, *many, "data.name=a.jsonl")
+    assert ended.code == 0 and ended.err == "", ended
+    (config,) = driver.configs
+    value: Any = config
+    for part in typed.partition("=")[0].lstrip("+").split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    assert (value["VERSION"] if isinstance(value, dict) else value) == arrives
+
+
+def test_what_is_no_text_stays_typed(launch: Any, driver: Driver) -> None:
+    assert launch("model.overrides.rope_theta=1e6", "experiment_name=null", "seed=0x10").code == 2
+    assert launch("model.overrides.rope_theta=1e6", "experiment_name=null").code == 0
+    assert driver.configs[0].model.architecture["rope_parameters"]["rope_theta"] == 1e6
+    assert driver.configs[0].experiment_name.startswith("tiny-")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            "-m experiment_name=2026_11_26,b",
+            "2026_11_26 would be read as 20261126, and this is a key of text;"
+            " type \"experiment_name='2026_11_26','b'\"",
+        ),
+        ("-m data.text_column=choice(1.10,b)", "type \"data.text_column='1.10','b'\""),
+        ("-m cluster.env.FLAG=true,false", "type \"cluster.env.FLAG='true','false'\""),
+        ("cluster.env={VERSION:1.10}", "quote it there: VERSION: '1.10'"),
+        ("cluster.env={A:x,FLAG:true}", "quote it there: FLAG: 'true'"),
+        ("checkpoint.allow_mismatch=[1.10]", "quote it there: '1.10'"),
+    ],
+)
+def test_text_that_would_be_lost_is_refused(
+    overrides: str, says: str, launch: Any, driver: Driver
+) -> None:
+    ended = launch(*overrides.split(), "hydra.sweep.dir=sweep")
+    assert ended.code == 2 and says in ended.err and not driver.configs, ended
+    if (typed := re.search(r'type "(.*)"$', ended.err.strip())) is not None:
+        ended = launch("-m", typed[1], "hydra.sweep.dir=sweep")
+        assert "would be read as" not in ended.err, ended
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("experiment_name: 2026_11_26", "quote it in {}: experiment_name: '2026_11_26'"),
+        ("data:\n  text_column: 1.10", "quote it in {}: text_column: '1.10'"),
+        ("cluster:\n  env:\n    FLAG: yes", "quote it in {}: FLAG: 'yes'"),
+        (
+            "hydra:\n  sweeper:\n    params:\n      experiment_name: 1_0",
+            "quote it in {}: experiment_name: '1_0'",
+        ),
+    ],
+)
+def test_text_of_a_file_that_would_be_lost_is_refused(
+    content: str, says: str, launch: Any, driver: Driver, tmp_path: Path
+) -> None:
+    path = tmp_path / "own" / "experiment" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    own = ("--config-dir", "own", "experiment=mine")
+    for text in (content, re.sub(r": (\S+)$", r": '\1'", content)):
+        path.write_text(f"# @package _global_\n{text}\n")
+        for more in ((), ("-m", "seed=1", "hydra.sweep.dir=sweep")):
+            ended = launch(*own, *more)
+            if text == content:
+                assert ended.code == 2 and says.format(path) in ended.err, ended
+                assert not driver.configs
+            else:
+                assert "would be read as" not in ended.err, ended
+
+
 def test_where_a_sweep_goes_by_default(launch: Any, tmp_path: Path) -> None:
     assert launch("--multirun", "seed=1,2").code == 0
     assert [
@@ -801,14 +937,18 @@ def test_a_sweep_with_a_job_that_does_not_compose_ends_before_its_first(
 
 
 def test_a_sweep_may_live_in_the_config(launch: Any, driver: Driver, tmp_path: Path) -> None:
-    run = saved(tmp_path, load({"model": {"architecture": TINY}}))
+    config = load({"model": {"architecture": TINY}})
+    run = saved(tmp_path, config)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(
         text.replace(
             "hydra:\n", "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 1,2\n"
         )
     )
-    assert launch("--config-path", "run", "hydra.sweep.dir=sweep").code == 0
+    sweep = ("--config-path", "run", "hydra.sweep.dir=sweep")
+    refused, name = launch(*sweep), f"{config.experiment_name}-${{seed}}"
+    assert refused.code == 2 and f"type 'experiment_name={name}'" in refused.err, refused
+    assert launch(*sweep, f"experiment_name={name}").code == 0
     assert [config.seed for config in driver.configs] == [1, 2]
 
 

@@ -19,6 +19,7 @@ from tp_trainer.cli.arguments import arguments, primary_config
 from tp_trainer.cli.composition import compose
 from tp_trainer.cli.jobs import DONE, FAILED, INTERRUPTED, REFUSED, app, complain, report_sweep
 from tp_trainer.cli.saved import choose_groups
+from tp_trainer.cli.text import keep_text
 from tp_trainer.config import ConfigError
 from tp_trainer.tasks import help_lines
 
@@ -43,6 +44,7 @@ def _main(argv: list[str]) -> int:
     args, parser = arguments(argv)
     directory, name = primary_config(args)
     choose_groups(args, directory, name)
+    args.overrides = keep_text(args.overrides)
     sweep_dir, jobs = None, 0
     if not (args.shell_completion or args.hydra_help):
         jobs, sweep_dir = compose(args, directory, name)

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tp_trainer.cli.arguments import OPEN_KEY, conf_dir
-from tp_trainer.cli.composition import as_typed
+from tp_trainer.cli.arguments import OPEN_KEY, as_typed, conf_dir
 from tp_trainer.config import Config
 
 PLAIN = re.compile(r"[\w./:@+-]+")  # what Hydra reads as it stands

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from tp_trainer.config import ConfigError, Settings
 
@@ -120,3 +121,12 @@ def primary_config(args: argparse.Namespace) -> tuple[str, str]:
 def values_typed(overrides: Sequence[str]) -> dict[str, str]:
     """Keys and values as they were typed."""
     return dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
+
+
+def as_typed(hydra: Any) -> list[str]:
+    """A job's overrides. Reading them one by one would resolve the interpolations in them, secrets
+    from the environment too.
+    """
+    overrides = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    return [str(override) for override in overrides]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
@@ -16,13 +15,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from tp_trainer.cli.arguments import conf_dir, values_typed
+from tp_trainer.cli.arguments import as_typed, conf_dir, values_typed
 from tp_trainer.cli.explain import explain
-from tp_trainer.config import RUN_LENGTH, ConfigError
+from tp_trainer.cli.sweeps import check_directories
+from tp_trainer.cli.text import check_files, check_sweep
+from tp_trainer.config import ConfigError
 
 if TYPE_CHECKING:
     import argparse
@@ -64,14 +65,16 @@ def compose(args: argparse.Namespace, directory: str, name: str) -> tuple[int, P
             multirun = master.hydra.mode == RunMode.MULTIRUN
         if not multirun:
             cfg = loader.load_configuration(name, overrides, RunMode.RUN)
+            check_files(loader, name, overrides, RunMode.RUN)
             if cfg.hydra.mode != RunMode.MULTIRUN or args.cfg or args.help or args.info:
                 return 1, None
         master = loader.load_configuration(name, overrides, RunMode.MULTIRUN)
-        jobs = _expand(master)
-        _check_directories(jobs)
+        jobs, configs = _expand(master), []
         for job in jobs:
             tried = list(job)
-            loader.load_sweep_config(master, list(job))
+            configs.append(loader.load_sweep_config(master, list(job)))
+            check_files(loader, name, tried, RunMode.MULTIRUN)
+        check_directories(configs)
         HydraConfig.instance().set_config(master)
         basic = master.hydra.sweeper._target_.endswith(".BasicSweeper")
         return len(jobs) if basic else 0, Path(str(master.hydra.sweep.dir)).resolve()
@@ -93,6 +96,7 @@ def _expand(master: DictConfig) -> list[list[str]]:
     overrides = OverridesParser.create().parse_overrides([*params, *as_typed(master.hydra)])
     first: list[str] = []
     for override in overrides:
+        check_sweep(override)
         key, value = override.get_key_element(), override.value()
         if not override.is_sweep_override():
             first.append(str(override.input_line))
@@ -111,28 +115,3 @@ def _expand(master: DictConfig) -> list[list[str]]:
         if basic
         else [first]
     )
-
-
-def _check_directories(jobs: Sequence[Sequence[str]]) -> None:
-    """Jobs that differ in run length alone would have one derived name, and so go on with each
-    other's run.
-    """
-    named = [values_typed(job) for job in jobs]
-    for key in (f"train.{name}" for name in RUN_LENGTH):
-        values = sorted({job.get(key, "") for job in named})
-        if len(values) > 1 and not any("experiment_name" in job for job in named):
-            raise ConfigError(
-                key,
-                ",".join(values),
-                "jobs of different length would share one run's directory; "
-                f"add 'experiment_name=<name>-${{{key}}}'",
-            )
-
-
-def as_typed(hydra: Any) -> list[str]:
-    """A job's overrides. Reading them one by one would resolve the interpolations in them, secrets
-    from the environment too.
-    """
-    overrides = OmegaConf.to_container(hydra.overrides.task, resolve=False)
-    assert isinstance(overrides, list)
-    return [str(override) for override in overrides]

@@ -17,11 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tp_trainer.cli.again import command_of
-from tp_trainer.cli.arguments import values_typed
-from tp_trainer.cli.composition import as_typed
+from tp_trainer.cli.arguments import as_typed, values_typed
 from tp_trainer.cli.mesh import draw_mesh
-from tp_trainer.cli.saved import follow_directory
-from tp_trainer.config import COMMAND, Config, ConfigError, load, plain, translate
+from tp_trainer.cli.sweeps import check_earlier_jobs, settled
+from tp_trainer.config import COMMAND, Config, ConfigError, plain, translate
 from tp_trainer.tasks import LOSS, TASKS
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -49,14 +48,7 @@ def _load(cfg: DictConfig) -> Config:
     hydra = HydraConfig.get()
     typed = values_typed(as_typed(hydra))
     try:
-        values = OmegaConf.to_container(cfg, resolve=True)
-        assert isinstance(values, dict)
-        plain_values = {str(key): value for key, value in values.items()}
-        directory = next(
-            str(each.path) for each in hydra.runtime.config_sources if each.provider == "main"
-        )
-        notices = follow_directory(plain_values, directory, str(hydra.job.config_name), typed)
-        config = load(plain_values)
+        config, notices = settled(cfg)
         os.environ[COMMAND] = json.dumps(command_of(hydra, config))
         for notice in notices:
             print(notice, flush=True)
@@ -115,6 +107,7 @@ def _sweep_job(cfg: DictConfig) -> float:
     write()
     try:
         config = _load(cfg)
+        check_earlier_jobs(job, Path(hydra.sweep.dir), config)
         write(run_dir=config.run_dir)
         objective = _execute(config)
         write(status="done", objective=objective if math.isfinite(objective) else None)

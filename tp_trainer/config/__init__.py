@@ -41,6 +41,7 @@ from tp_trainer.config.schema import (
     Train,
     cache_dir,
     known_keys,
+    text_keys,
 )
 from tp_trainer.config.surroundings import Checkpoint, Cluster, Tracker
 
@@ -84,6 +85,7 @@ __all__ = [
     "permanent",
     "plain",
     "shown",
+    "text_keys",
     "to_yaml",
     "translate",
     "unknown_key",

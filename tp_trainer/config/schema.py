@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -261,6 +262,23 @@ def known_keys(kind: Any = Settings, prefix: str = "") -> list[str]:
         nested = kinds[each.name] if dataclasses.is_dataclass(kinds[each.name]) else None
         keys += known_keys(nested, f"{prefix}{each.name}.") if nested else [prefix + each.name]
     return keys
+
+
+@cache
+def text_keys() -> frozenset[str]:
+    """The dotted keys of the schema whose values are text, or lists of texts."""
+
+    def of(kind: Any, prefix: str) -> set[str]:
+        keys, kinds = set[str](), get_type_hints(kind)
+        for each in dataclasses.fields(kind):
+            hint, key = kinds[each.name], prefix + each.name
+            if dataclasses.is_dataclass(hint):
+                keys |= of(hint, f"{key}.")
+            elif hint in (str, str | None, list[str]):
+                keys.add(key)
+        return keys
+
+    return frozenset(of(Settings, ""))
 
 
 def cache_dir(data: Data) -> Path:
