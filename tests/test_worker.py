@@ -11,7 +11,7 @@ import pytest
 from tp_trainer.checkpoint.state import RunState
 from tp_trainer.checkpoint.store import UNFINISHED, Store, VerifiedCheckpoint
 from tp_trainer.config import Config, ConfigError, Optim, load
-from tp_trainer.data import DataStream, Order
+from tp_trainer.data import Cursor, DataStream, Order
 from tp_trainer.optim import Schedule
 from tp_trainer.worker import restore
 
@@ -77,6 +77,48 @@ def test_other_tokens_are_refused_before_anything_is_loaded() -> None:
         and found is not None
         and (position.step, position.cursor.offset, position.tokens) == (7, 56, 99)
     )
+
+
+@pytest.mark.parametrize(
+    ("train", "total"), [({"num_epochs": 2}, 40 + 2 * 29), ({"max_steps": 60}, 60)]
+)
+@pytest.mark.parametrize(
+    ("tokens", "length", "what"),
+    [("a", 64, "other tokens"), ("b", 32, "rows of 64 tokens, not 32,")],
+)
+def test_other_rows_start_with_the_first(
+    tokens: str, length: int, what: str, train: dict[str, Any], total: int
+) -> None:
+    """Steps count on, epochs are passes over the new rows, and a restart goes on among them."""
+    config = configured(train=train)
+    config.checkpoint.allow_mismatch = ["data"]
+    before = Schedule.of(Optim(lr=1e-3), 40)
+    guard = {"skipped": 3, "in_a_row": 0, "recent": [[1.0, 1.0]]}
+    state: dict[str, Any] = {"epoch": 1, "schedule": asdict(before), "guard": guard}
+    saves: Any = Checkpoints(40, seq_length=length, **state)
+    stream = data(config, rows=29 * 8, tokens=tokens)
+    position, _, _, (line, schedule) = restore(config, "now", saves, stream)
+    assert (position.step, position.cursor, position.tokens) == (40, Cursor(), 99)
+    assert position.guard == {"skipped": 3, "in_a_row": 0} and "recent" in saves.found.state.guard
+    assert position.schedule is not None and position.schedule.total == total
+    assert line == (
+        f"data: {what} than /there/step_00000040 was trained on, taken from their first row;"
+        " steps count on from 40, epochs anew"
+    )
+    assert schedule.startswith(f"schedule: the run was to have 40 steps and now has {total}: ")
+
+    own: dict[str, Any] = {"data": tokens, "seq_length": 64, "offset": 8 * 4}
+    again: Any = Checkpoints(44, **{**state, "epoch": 0, **own})
+    position, _, _, notices = restore(config, "now", again, stream)
+    assert position.cursor == Cursor(0, 32) and not any("data:" in each for each in notices)
+    assert position.schedule is not None and position.schedule.total == total
+
+
+def test_rows_of_a_release_that_kept_no_length_go_on() -> None:
+    config, saves = configured(), Checkpoints()
+    made: Any = saves
+    position, _, _, notices = restore(config, "now", made, data(config))
+    assert position.cursor.offset == 56 and not any("data:" in each for each in notices)
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])

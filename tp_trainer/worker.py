@@ -102,13 +102,34 @@ def restore(
         return Position(schedule=schedule), None, skipped, []
     check_same_tokens(config, data.train.identity, found.state.data, found.path)
     state = found.state
-    cursor = Cursor(state.epoch, state.offset)
+    cursor, guard = Cursor(state.epoch, state.offset), cast(GuardMemory, dict(state.guard))
+    other = _other_rows(config, data, found)
+    if other:
+        cursor = Cursor()
+        guard.pop("recent", None)  # its losses are no measure of these rows'
     total = data.total_steps(config.train, found.step, cursor)
     schedule, said = resumed_schedule(config, found, total)
     checkpoints.restore(found)
-    position = Position(found.step, cursor, state.tokens, cast(GuardMemory, state.guard), schedule)
-    notices = [*(f"passed over: {each}" for each in skipped), *([said] if said else [])]
-    return position, found, skipped, notices
+    position = Position(found.step, cursor, state.tokens, guard, schedule)
+    notices = [f"passed over: {each}" for each in skipped]
+    return position, found, skipped, [*notices, *filter(None, (other, said))]
+
+
+def _other_rows(config: Config, data: DataStream, found: VerifiedCheckpoint) -> str | None:
+    """A sentence where the rows are not those that the checkpoint's position counts: these start
+    with the first, whatever has been done of the others.
+    """
+    state, length = found.state, config.data.seq_length
+    if state.data not in (None, data.train.identity):
+        what = "other tokens"
+    elif state.seq_length not in (None, length):
+        what = f"rows of {length} tokens, not {state.seq_length},"
+    else:
+        return None
+    return (
+        f"data: {what} than {found.path} was trained on, taken from their first row; steps count on"
+        f" from {found.step}, epochs anew"
+    )
 
 
 def resumed_schedule(

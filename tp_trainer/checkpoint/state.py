@@ -26,6 +26,7 @@ class RunState:
     tokens: int  # label tokens trained on
     global_batch_size: int  # sequences a step
     data: str | None = None  # identity of the training tokens
+    seq_length: int | None = None  # tokens a row
     seed: int | None = None
     launch: str | None = None  # the start of the program that made it
     layout: str | None = None  # of `parallelism`, e.g. tp2_dp2

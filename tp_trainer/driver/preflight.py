@@ -258,8 +258,13 @@ def _summary(store: Store) -> Summary:
 
 
 def finished(config: Config, store: Store) -> Summary | None:
-    """The summary of this run where it has finished and no more is asked than was asked then."""
-    summary = _summary(store) if config.checkpoint.resume == "auto" else None
+    """The summary of this run where it has finished and no more is asked than was asked then.
+
+    Whether other data is, the workers know.
+    """
+    allowed = {name.partition(".")[0] for name in config.checkpoint.allow_mismatch}
+    auto = config.checkpoint.resume == "auto" and "data" not in allowed
+    summary = _summary(store) if auto else None
     asked = {name: getattr(config.train, name) for name in RUN_LENGTH}
     if summary and summary.get("status") == "finished" and summary.get("run_length") == asked:
         return summary

@@ -170,6 +170,7 @@ class Reporter:
             tokens=position.tokens,
             global_batch_size=self.order.global_batch_size,
             data=self.tokens,
+            seq_length=self.config.data.seq_length,
             seed=self.config.seed,
             launch=self.launch,
             layout=self.config.parallelism.layout,
