@@ -163,6 +163,33 @@ def test_the_derived_name_changes_with_what_shapes_the_numbers(change: dict[str,
     assert loaded(**change).experiment_name != NAME
 
 
+def test_the_derived_name_does_not_depend_on_how_a_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "corpus.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "data" / "tokenizer").mkdir()
+    model = tmp_path / "data" / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(NUMBERS))
+
+    def names(key: str, path: str) -> set[str]:
+        forms = [f"data/{path}", f"./data/{path}", f"{tmp_path}/data/{path}", f"~/data/{path}"]
+        forms += [f"link/{path}", f"link/../data/{path}"]
+        return {loaded(**{key: form}).experiment_name for form in forms}
+
+    found = [
+        names("data__name", "corpus.jsonl"),
+        names("data__name", "*.jsonl"),
+        names("data__tokenizer", "tokenizer"),
+        names("model__name", "model"),
+    ]
+    assert [len(each) for each in found] == [1, 1, 1, 1] and len(set.union(*found)) == 4
+
+
 def test_a_choice_that_came_later_leaves_older_names_as_they_were() -> None:
     assert (
         "float8" not in choices(loaded())["parallelism"]

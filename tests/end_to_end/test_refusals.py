@@ -357,6 +357,65 @@ def test_paths_of_a_saved_config_that_are_gone(
     refused(launch("--config-path", "a"), f"error: {key}=/nowhere/at/all: no such ")
 
 
+def run_on_a_file(tmp_path: Path, launch: Call, monkeypatch: pytest.MonkeyPatch, name: str) -> Path:
+    """A run on `old/corpus.jsonl` with a checkpoint, under the name that its path gave it."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "corpus.jsonl").write_text('{"text": "x"}\n')
+    prepared = list[Any]()
+
+    def prepare(config: Any) -> Any:
+        prepared.append(config)
+        return preflight.prepare(config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "prepare", prepare)
+        assert launch("data.name=old/corpus.jsonl", f"experiment_name={name}").code == WENT_ON
+    run = Path(prepared[0].run_dir)
+    fake_checkpoint(run, 4)
+    (run / "config.yaml").write_text(to_yaml(prepared[0]))
+    return run
+
+
+def test_a_run_whose_paths_have_changed(
+    launch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies there decides: gone, or of the same sizes, it may be the same; the tokens tell."""
+    run_on_a_file(tmp_path, launch, monkeypatch, "a")
+    shutil.copytree(tmp_path / "old", tmp_path / "copy")
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    for moved in ("copy", "link"):
+        assert launch(f"data.name={moved}/corpus.jsonl", "experiment_name=a").code == WENT_ON
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "corpus.jsonl").write_text('{"text": "another"}\n')
+    other = ("data.name=other/corpus.jsonl", "experiment_name=a")
+    refused(launch(*other), f"data.name={tmp_path}/other/corpus.jsonl: the run in ")
+    shutil.rmtree(tmp_path / "old")
+    assert launch(*other).code == WENT_ON
+
+
+@pytest.mark.parametrize("how", ["moved", "spelled otherwise"])
+def test_a_run_that_differs_in_paths_alone_is_named(
+    how: str, launch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a project that was moved, and as names were derived before paths were canonical."""
+    run = run_on_a_file(tmp_path, launch, monkeypatch, "null")
+    if how == "moved":
+        (tmp_path / "old").rename(tmp_path / "new")
+        where = "new"
+    else:
+        run = run.rename(f"{str(run)[:-8]}00000000")
+        where = "old"
+    ended = launch(f"data.name={where}/corpus.jsonl")
+    spelled = f"data.name={tmp_path}/old/corpus.jsonl" if how == "moved" else how
+    said = f"{run} holds a run that differs from this one in paths alone ({spelled}); to go on"
+    assert ended.code == WENT_ON
+    assert f"{said} with it: experiment_name={run.name}\n" in ended.out, ended
+    named = (f"data.name={where}/corpus.jsonl", f"experiment_name={run.name}")
+    assert launch(*named).code == WENT_ON
+    for other in ("optim.lr=1e-4", "parallelism.sequence_parallel=false", "seed=7"):
+        assert "in paths alone" not in launch(f"data.name={where}/corpus.jsonl", other).out
+
+
 def test_every_field_that_differs_is_named(launch: Call, tmp_path: Path) -> None:
     pinned = started_run(tmp_path)
     other = ("experiment_name=a", "optim.lr=1e-4", "optim.weight_decay=0", "data.shuffle=false")

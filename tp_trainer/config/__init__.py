@@ -18,7 +18,14 @@ from tp_trainer.config.errors import (
     permanent,
     shown,
 )
-from tp_trainer.config.identity import RUN_LENGTH, check_same_run, check_same_tokens, derived_name
+from tp_trainer.config.identity import (
+    RUN_LENGTH,
+    check_same_run,
+    check_same_tokens,
+    derived_name,
+    is_derived,
+    paths_alone,
+)
 from tp_trainer.config.loading import (
     COMMAND,
     HYDRA,
@@ -77,11 +84,13 @@ __all__ = [
     "check_schedule_length",
     "derived_name",
     "hub_file",
+    "is_derived",
     "known_keys",
     "lasting",
     "load",
     "nearest",
     "out_of_memory",
+    "paths_alone",
     "permanent",
     "plain",
     "shown",

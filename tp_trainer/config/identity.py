@@ -4,10 +4,13 @@ resume may not change.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,26 +30,50 @@ INTERVALS = (
 )
 
 
+PATHS = ("model.name", "model.architecture._name_or_path", "data.name", "data.tokenizer")
+
+
+def canonical(name: str | None) -> str | None:
+    """A local path or glob in full, links followed; a hub id as it stands."""
+    if name is None or "://" in name:
+        return name
+    path = os.path.expanduser(name)
+    local = os.path.isabs(path) or os.path.exists(path) or glob.has_magic(path)
+    return os.path.realpath(path) if local else name
+
+
 def choices(config: Config) -> dict[str, Any]:
     """Every choice that shapes the numbers of a run, by group: run length, intervals and where it
     runs left out.
     """
-    values = asdict(config)
-    kept = {key: values[key] for key in ("seed", "model", "parallelism", "data", "optim", "train")}
+    return _choices(asdict(config))
+
+
+def _choices(values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {
+        key: dict(values[key]) for key in ("model", "parallelism", "data", "optim", "train")
+    } | {"seed": values["seed"]}
+    model, data, parallelism = kept["model"], kept["data"], kept["parallelism"]
     for key in RUN_LENGTH + INTERVALS:
         del kept["train"][key]
-    del kept["model"]["recipe"], kept["data"]["cache_dir"]
-    kept["model"]["overrides"] = {}  # they are in the architecture
-    kept["model"]["architecture"].pop(FROM_FILE, None)
+    del model["recipe"], data["cache_dir"]
+    model["overrides"] = {}  # they are in the architecture
+    model["architecture"] = dict(model["architecture"])
+    model["architecture"].pop(FROM_FILE, None)
     for key in ("family", "revision"):  # runs from before there was a choice keep their names
-        if kept["model"][key] is None:
-            del kept["model"][key]
+        if model[key] is None:
+            del model[key]
     for key in ("cuda_graphs", "async_tp", "direct_fsdp", "reshard_after_forward"):
-        del kept["parallelism"][key]
-    if kept["data"]["revision"] is None:  # what it is where it is null, the tokens' own check holds
-        del kept["data"]["revision"]
-    if not kept["parallelism"]["float8"]:  # runs from before there was a choice keep their names
-        del kept["parallelism"]["float8"]
+        del parallelism[key]
+    if data["revision"] is None:  # what it is where it is null, the tokens' own check holds
+        del data["revision"]
+    if not parallelism["float8"]:  # runs from before there was a choice keep their names
+        del parallelism["float8"]
+    for group, name in ((model, "name"), (model["architecture"], "_name_or_path"), (data, "name")):
+        if name in group:
+            group[name] = canonical(group[name])
+    if data["tokenizer"] != "embedded":
+        data["tokenizer"] = canonical(data["tokenizer"])
     return kept
 
 
@@ -57,12 +84,18 @@ def derived_name(config: Config) -> str:
     digest = hashlib.sha256(
         json.dumps(choices(config), sort_keys=True, default=str).encode()
     ).hexdigest()[:8]
-    data = Path(config.data.name).stem if config.data.name else config.data.source
+    data = Path(str(canonical(config.data.name))).stem if config.data.name else config.data.source
     return re.sub(
         r"[^A-Za-z0-9._-]+",
         "-",
         f"{model_name(config)}-{data}-{config.parallelism.layout}-{digest}",
     ).lower()
+
+
+def is_derived(config: Config) -> bool:
+    """Whether the run's name is one that `derived_name` makes."""
+    end = rf"-{config.parallelism.layout}-[0-9a-f]{{8}}"
+    return re.search(rf"{end}\Z", config.experiment_name) is not None
 
 
 def model_name(config: Config) -> str:
@@ -85,16 +118,7 @@ def check_same_run(config: Config, stored: Mapping[str, Any], place: str) -> Non
         stored: the config.yaml that the checkpoint was made with, as plain dictionaries.
         place: the directory that it lies in.
     """
-    mine, theirs = _mine(config), _compared(stored)
-    # a key that one of them lacks came or went with a release; of an architecture, every field
-    # counts
-    keys = [key for key in mine if key in theirs or key.startswith(ARCHITECTURE)]
-    keys += [key for key in theirs if key not in mine and key.startswith(ARCHITECTURE)]
-    differing = [
-        key
-        for key in keys
-        if mine.get(key) != theirs.get(key) and not _allowed(key, config.checkpoint.allow_mismatch)
-    ]
+    mine, theirs, differing = _differing(config, stored)
     if not differing:
         return
 
@@ -114,6 +138,66 @@ def check_same_run(config: Config, stored: Mapping[str, Any], place: str) -> Non
         f"the run in {place} was started with {said(theirs.get(first))}{more}; "
         f"{hint}, or let it through: checkpoint.allow_mismatch={shown(differing)}",
     )
+
+
+def _differing(
+    config: Config, stored: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Any], list[str]]:
+    """What is compared of this run and of a stored one, and the keys that a resume may not change.
+
+    A path that differs is no other choice: what lies there decides, as far as sizes tell here, and
+    as the tokens say later.
+    """
+    mine, theirs = _mine(config), _compared(stored)
+    # a key that one of them lacks came or went with a release; of an architecture, every field
+    # counts
+    keys = [key for key in mine if key in theirs or key.startswith(ARCHITECTURE)]
+    keys += [key for key in theirs if key not in mine and key.startswith(ARCHITECTURE)]
+    differing = [
+        key
+        for key in keys
+        if mine.get(key) != theirs.get(key)
+        and not (key in PATHS and _may_be_the_same(mine.get(key), theirs.get(key)))
+        and not _allowed(key, config.checkpoint.allow_mismatch)
+    ]
+    return mine, theirs, differing
+
+
+def paths_alone(config: Config, stored: Mapping[str, Any]) -> list[str] | None:
+    """Of a stored run whose choices are this one's but for paths, those paths: `key=path`. None of
+    another run.
+    """
+    mine, theirs = ({**_flat(each, "")} for each in (choices(config), _choices(stored)))
+    batch = "train.global_batch_size"
+    mine[batch] = mine[batch] or config.train.micro_batch_size * config.parallelism.dp
+    keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+    if any(key not in PATHS or not _may_be_the_same(mine[key], theirs[key]) for key in keys):
+        return None
+    return [f"{key}={theirs[key]}" for key in keys]
+
+
+def _may_be_the_same(mine: Any, theirs: Any) -> bool:
+    """Whether two paths may lead to the same content: one is gone, or their files' sizes agree."""
+    if not all(isinstance(each, str) and os.path.isabs(each) for each in (mine, theirs)):
+        return False
+    if os.path.realpath(mine) == os.path.realpath(theirs):
+        return True
+    here, there = _sizes(mine), _sizes(theirs)
+    return not here or not there or here == there
+
+
+def _sizes(path: str) -> list[int]:
+    """The sizes of the files of a path or a glob, by their names; none where nothing is there."""
+    found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    below = (
+        sorted(each for each in Path(name).rglob("*") if each.is_file())
+        if os.path.isdir(name)
+        else [Path(name)]
+        for name in found
+    )
+    with suppress(OSError):
+        return [each.stat().st_size for files in below for each in files]
+    return []
 
 
 def check_same_tokens(config: Config, mine: str, theirs: str | None, place: str) -> None:
@@ -189,5 +273,5 @@ def _flat(value: Any, prefix: str) -> dict[str, Any]:
     return {
         key: leaf
         for name, part in value.items()
-        for key, leaf in _flat(part, f"{prefix}.{name}").items()
+        for key, leaf in _flat(part, f"{prefix}.{name}".lstrip(".")).items()
     }

@@ -29,6 +29,7 @@ from tp_trainer.config import (
 )
 from tp_trainer.data.sources import absolute, check_source
 from tp_trainer.data.tokenizer import choose_tokenizer
+from tp_trainer.driver.elsewhere import run_elsewhere
 from tp_trainer.driver.ray_cluster import inside_ray_job
 from tp_trainer.host import free_host_memory, gpus_here
 from tp_trainer.summary import Summary
@@ -181,7 +182,7 @@ def _resumed(config: Config, store: Store) -> tuple[VerifiedCheckpoint | None, s
     if found is None:
         check_some_count(store, resume, passed_over + strays)
         if _summary(store).get("status") != "finished":
-            return None, None
+            return None, run_elsewhere(config)
     notices = [notice] if notice else []
     notices += [f"passed over: {each}" for each in strays]  # of the others, the workers tell
     if (stored := _stored(config, store)) is not None:
