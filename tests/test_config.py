@@ -114,6 +114,60 @@ def test_what_is_null_follows_from_other_keys(tmp_path: Path) -> None:
     assert Path(config.run_dir).is_absolute()
 
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 256}
+LENGTHS: dict[str, tuple[dict[str, Any], int]] = {  # of 1024 positions, unscaled
+    "no rope": ({}, 1024),
+    "default": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 1024),
+    "yarn": ({"rope_scaling": {"type": "yarn", **YARN, "factor": 8}}, 2048),
+    "yarn, scaled already": ({"rope_scaling": {"rope_type": "yarn", **YARN}}, 1024),
+    "yarn over all": (
+        {"rope_scaling": {"type": "yarn", **YARN, "original_max_position_embeddings": 1024}},
+        4096,
+    ),
+    "yarn, new form": ({"rope_parameters": {"rope_type": "yarn", **YARN, "factor": 8.0}}, 2048),
+    "yarn without original": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, 2048),
+    "yarn without factor": ({"rope_scaling": {"type": "yarn", "factor": None}}, 1024),
+    "yarn, original beside": (
+        {"rope_scaling": {"type": "yarn", "factor": 8}, "original_max_position_embeddings": 256},
+        2048,
+    ),
+    "linear": ({"rope_scaling": {"type": "linear", "factor": 2.5}}, 2560),
+    "linear, new form": ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, 2048),
+    "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 2048),
+    "llama3": ({"rope_scaling": {"rope_type": "llama3", **YARN, "factor": 32.0}}, 1024),
+    "longrope": ({"rope_scaling": {"type": "longrope", **YARN, "factor": 32.0}}, 1024),
+    "by layer": (
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "yarn", **YARN, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default"},
+            }
+        },
+        2048,
+    ),
+    "by layer, old form": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_local_base_freq": 1e4},
+        2048,
+    ),
+    "not there": ({"rope_parameters": None, "rope_scaling": None}, 1024),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_lengths_go_as_far_as_scaled_positions(case: str, tmp_path: Path) -> None:
+    fields, length = LENGTHS[case]
+    (tmp_path / "config.json").write_text(json.dumps({**NUMBERS, **fields}))
+
+    def loads(length: int | None) -> Config:
+        return loaded(model__name=str(tmp_path), data__seq_length=length)
+
+    assert loads(length).data.seq_length == length
+    assert loads(None).data.seq_length == 1024, "the default, and with it the run's name, stays"
+    refused = f"data.seq_length={length + 2}: the model has {length} positions; give at most that"
+    with pytest.raises(ConfigError, match=refused):
+        loads(length + 2)
+
+
 def test_a_name_alone_replaces_the_groups_architecture(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**NUMBERS, "hidden_size": 64}))
     config = loaded(

@@ -171,11 +171,11 @@ def _check_batch(config: Config) -> None:
 
 def _check_length(config: Config, numbers: Architecture) -> None:
     data, tp = config.data, config.parallelism.tp
-    if data.seq_length > numbers.max_position_embeddings:
+    if data.seq_length > numbers.positions:
         raise ConfigError(
             "data.seq_length",
             data.seq_length,
-            f"the model has {numbers.max_position_embeddings} positions; give at most that many",
+            f"the model has {numbers.positions} positions; give at most that many",
         )
     if data.seq_length % tp:
         lower = data.seq_length // tp * tp
