@@ -240,7 +240,12 @@ class Checkpoints(CheckpointReader):
             if not self.permitted():
                 raise RuntimeError("the run's directory belongs to another process now")
             return self.store.commit(
-                draft, state, render_metadata(plan.tensors), files, replace=there
+                draft,
+                state,
+                render_metadata(plan.tensors),
+                files,
+                replace=there,
+                warn=saved.notes.append,
             )
 
         try:

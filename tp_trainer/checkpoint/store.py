@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from tp_trainer.checkpoint.directory import RunDirectory, sync_directory
+from tp_trainer.checkpoint.directory import RunDirectory
 from tp_trainer.checkpoint.manifest import (
     MANIFEST,
     METADATA,
@@ -208,6 +208,7 @@ class Store(RunDirectory):
         metadata: bytes,
         files: Mapping[str, Entry],
         replace: bool = False,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> str:
         """Make the checkpoint count: the small files, the manifest over all, and one step by which
         it appears. Returns its path.
@@ -216,6 +217,7 @@ class Store(RunDirectory):
             metadata: the content of metadata.json.
             files: what all processes wrote.
             replace: as given to `begin`.
+            warn: hears, once, of a file system that doesn't sync directories.
 
         Raises:
             OSError: it doesn't count.
@@ -227,13 +229,13 @@ class Store(RunDirectory):
         name = step_name(state.step)
         if self.local:
             target = f"{self.root}/{name}"
-            sync_directory(f"{self.root}/{draft}")
+            self.sync_names(draft, warn)
             if os.path.lexists(target):
                 if not replace and isinstance(self.check(name), VerifiedCheckpoint):
                     raise FileExistsError(f"{name} has come meanwhile")
                 os.rename(target, f"{self.root}/{draft.replace(DRAFT, OLD)}")
             os.rename(f"{self.root}/{draft}", target)
-            sync_directory(self.root)
+            self.sync_names("", warn)
             with suppress(OSError):
                 self.remove(draft.replace(DRAFT, OLD))
         return f"{self.run_dir}/{name}"
