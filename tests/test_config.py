@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,44 @@ def test_the_derived_name_stays_whatever_the_place_and_the_length(change: dict[s
     assert loaded(**change).experiment_name == NAME
 
 
+ODD = (
+    *("模型", "\u00e9" * 60, "e\u0301" * 60, "\U0001f433", "名" * 80),  # NFC, NFD, an emoji
+    *("---", "...x", "-rf", ".hidden", "_", "x.", "m" * 240),
+)
+
+
+@pytest.mark.parametrize("model", ODD, ids=lambda name: ascii(name)[:12])
+@pytest.mark.parametrize("data", ["数据", "d" * 240, "a...", "-", "a"], ids=lambda n: ascii(n)[:12])
+def test_a_derived_name_is_valid_whatever_the_files_are_called(
+    model: str, data: str, tmp_path: Path
+) -> None:
+    (tmp_path / model).mkdir()
+    (tmp_path / model / "config.json").write_text(json.dumps(NUMBERS))
+    texts = [tmp_path / f"{data}.jsonl", tmp_path / "other" / f"{data}.jsonl"]
+    (tmp_path / "other").mkdir()
+    for path in texts:
+        path.write_text('{"text": "whale"}\n')
+    names = {
+        loaded(
+            model__name=str(tmp_path / model), model__weights="random", data__name=str(path)
+        ).experiment_name
+        for path in texts
+    }
+    assert len(names) == 2
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", each) and len(each) <= 200 for each in names)
+
+
+def test_a_derived_name_that_was_valid_stays(tmp_path: Path) -> None:
+    """Letters that it can't take are dashes, as ever; no run that exists is lost."""
+    (tmp_path / "Größe model").mkdir()
+    (tmp_path / "Größe model" / "config.json").write_text(json.dumps(NUMBERS))
+    (tmp_path / "数据.txt").write_text("whale")
+    name = loaded(
+        model__name=str(tmp_path / "Größe model"), data__name=str(tmp_path / "数据.txt")
+    ).experiment_name
+    assert name.startswith("gr-e-model---tp2_dp2-")
+
+
 # --------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +346,7 @@ def test_the_derived_name_stays_whatever_the_place_and_the_length(change: dict[s
             {"parallelism__cuda_graphs": True, "cluster__device": "cpu"},
             "parallelism.cuda_graphs=true: needs GPUs",
         ),
+        ({"experiment_name": "a" * 256}, "has 256 letters, a directory's name at most 255"),
         ({"parallelism__tp": 16}, "degrees that do: 1, 2, 4, 8"),
         (
             {

@@ -109,7 +109,7 @@ class RunDirectory:
         """
 
         def load() -> Any:
-            with self.fs.open(f"{self.root}/{name}", "r") as file:
+            with self.fs.open(f"{self.root}/{name}", "r", encoding="utf-8") as file:
                 return OmegaConf.to_container(OmegaConf.load(file))
 
         try:
@@ -130,11 +130,11 @@ class RunDirectory:
         target = f"{self.root}/{name}"
         self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         if self.local:
-            with self.fs.open(target + ".part", "w") as file:
+            with self.fs.open(target + ".part", "w", encoding="utf-8") as file:
                 file.write(text)
             self.fs.mv(target + ".part", target)
         else:  # an object store shows an object once it is whole
-            with self.fs.open(target, "w") as file:
+            with self.fs.open(target, "w", encoding="utf-8") as file:
                 file.write(text)
 
     def write_json(self, name: str, value: Any) -> None:

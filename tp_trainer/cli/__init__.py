@@ -18,6 +18,7 @@ from hydra._internal.utils import _run_hydra
 from tp_trainer.cli.arguments import arguments, primary_config
 from tp_trainer.cli.composition import compose
 from tp_trainer.cli.jobs import DONE, FAILED, INTERRUPTED, REFUSED, app, complain, report_sweep
+from tp_trainer.cli.locale import leave_ascii
 from tp_trainer.cli.saved import choose_groups
 from tp_trainer.config import ConfigError
 from tp_trainer.tasks import help_lines
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python launch.py` and `tp-trainer`. Returns when all went well, else raises SystemExit with
     the exit code.
     """
+    if argv is None:
+        leave_ascii()
     version.setbase("1.3")
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))

@@ -110,7 +110,7 @@ def _sweep_job(cfg: DictConfig) -> float:
 
     def write(**changes: Any) -> None:
         job.update(changes)
-        path.write_text(json.dumps(job, indent=1) + "\n")
+        path.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
 
     write()
     try:
@@ -148,7 +148,7 @@ def report_sweep(sweep_dir: Path, expected: int) -> bool:
     jobs = []
     for path in sweep_dir.glob("**/job.json"):
         with suppress(ValueError):  # a job that was killed while it wrote
-            jobs.append(json.loads(path.read_text()))
+            jobs.append(json.loads(path.read_text(encoding="utf-8")))
     jobs.sort(key=lambda job: job["number"])
     common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
     table = Table(

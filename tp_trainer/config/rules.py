@@ -12,7 +12,7 @@ from typing import Any
 
 from tp_trainer.config.architecture import Architecture, architecture
 from tp_trainer.config.errors import ConfigError
-from tp_trainer.config.identity import check_mismatch_names
+from tp_trainer.config.identity import RUN_NAME, check_mismatch_names
 from tp_trainer.config.resolved import Config
 from tp_trainer.config.schema import Optim
 from tp_trainer.config.source import check_data
@@ -91,9 +91,13 @@ def check(config: Config) -> None:
         )
     check_mismatch_names(config)
     name = config.experiment_name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
+    if not re.fullmatch(RUN_NAME, name):
         raise ConfigError(
             "experiment_name", name, "must be one directory name of letters, digits and . _ - = , +"
+        )
+    if len(name) > 255:
+        raise ConfigError(
+            "experiment_name", name, f"has {len(name)} letters, a directory's name at most 255"
         )
 
 
