@@ -37,6 +37,7 @@ from tp_trainer.checkpoint.manifest import (
 from tp_trainer.checkpoint.requests import again
 from tp_trainer.checkpoint.state import RunState
 from tp_trainer.config import ConfigError
+from tp_trainer.config.quoting import pasted
 
 NAME = re.compile(r"step_([0-9]{8,18})")
 DRAFT, OLD = ".saving-", ".damaged-"  # directories that are no checkpoints yet, and no longer
@@ -283,9 +284,9 @@ def named(key: str, path: str) -> VerifiedCheckpoint:
         if not is_step(name) and not beside.exists(name):
             found = ABSENT
         if found == ABSENT and (newest := beside.newest()[0]):
-            hint = f"; the newest there is {newest.path}"
+            hint = f"; the newest there is {pasted(key, newest.path)}"
         elif not is_step(name) and (newest := inside.newest()[0]):
-            hint = f"; give one of its checkpoints, e.g. {newest.path}"
+            hint = f"; give one of its checkpoints, e.g. {pasted(key, newest.path)}"
     except Exception as error:  # every file system has its own
         raise ConfigError(key, path, f"can't be read ({error})") from error
     raise ConfigError(key, path, found + hint)

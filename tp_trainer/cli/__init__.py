@@ -21,6 +21,7 @@ from tp_trainer.cli.jobs import DONE, FAILED, INTERRUPTED, REFUSED, app, complai
 from tp_trainer.cli.locale import leave_ascii
 from tp_trainer.cli.saved import choose_groups
 from tp_trainer.config import ConfigError
+from tp_trainer.config.quoting import hydra_text
 from tp_trainer.tasks import help_lines
 
 
@@ -52,8 +53,7 @@ def _main(argv: list[str]) -> int:
     if sweep_dir is not None:
         # Hydra would take the time anew; and reports of an older sweep in a directory that the user
         # named are not this one's
-        quoted = str(sweep_dir).replace("\\", "\\\\").replace("'", "\\'")
-        args.overrides.append(f"hydra.sweep.dir='{quoted}'")
+        args.overrides.append(f"hydra.sweep.dir={hydra_text(str(sweep_dir))}")
         for report in sweep_dir.glob("**/job.json"):
             report.unlink()
     if args.help:

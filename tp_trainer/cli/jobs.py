@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from contextlib import suppress
@@ -136,7 +137,8 @@ def _sweep_job(cfg: DictConfig) -> float:
 
 def complain(error: object) -> None:
     """One line on stderr."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    # paths keep their spaces
+    print("error:", re.sub(r"\s*\n\s*", " ", str(error).strip()), file=sys.stderr)
 
 
 def report_sweep(sweep_dir: Path, expected: int) -> bool:

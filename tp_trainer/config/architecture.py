@@ -12,6 +12,7 @@ from typing import Any
 from tp_trainer.config.errors import ConfigError
 from tp_trainer.config.fields import check_ranges, with_overrides
 from tp_trainer.config.hub import hub_file
+from tp_trainer.config.quoting import assignment, pasted, word
 from tp_trainer.config.rope import positions
 from tp_trainer.config.schema import Model, Settings
 from tp_trainer.config.towers import PARTS, text_part
@@ -210,7 +211,7 @@ def _config_file(name: str, revision: str | None) -> Path:
         why = (
             no_safetensors(place.parent, [place])
             if place.suffix == ".gguf"
-            else f"is a file; give its directory: {place.parent}"
+            else f"is a file; give its directory: {pasted('model.name', place.parent)}"
         )
         raise ConfigError("model.name", name, why)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
@@ -233,29 +234,31 @@ ADAPTER_REFUSED = (
 
 def no_safetensors(directory: Path, files: Sequence[Path]) -> str:
     """Why weights in other formats aren't read, and the Python that converts them once."""
-    target = f"{directory.name}-safetensors"
+    place, target = str(directory), f"{directory.name}-safetensors"
     if gguf := [path for path in files if path.suffix == ".gguf"]:
         more = [
             "import torch",
             "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, GgufConfig",
-            f"d, f = '{directory}', '{gguf[0].name}'",
+            f"d, f = {place!r}, {gguf[0].name!r}",
             (
                 "m = M.from_pretrained(d, gguf_file=f, dtype=torch.float32,"
                 " quantization_config=GgufConfig(dequantize=True))"
             ),
             "m.config.__dict__.pop('quantization_config', None)",
-            f"m.save_pretrained('{target}')",
-            f"T.from_pretrained(d, gguf_file=f).save_pretrained('{target}')",
+            f"m.save_pretrained({target!r})",
+            f"T.from_pretrained(d, gguf_file=f).save_pretrained({target!r})",
         ]
         kind = f"GGUF weights ({gguf[0].name})"
     else:
         more = [
             "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T",
-            f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{target}')",
-            f"T.from_pretrained('{directory}').save_pretrained('{target}')",
+            f"M.from_pretrained({place!r}, dtype='auto').save_pretrained({target!r})",
+            f"T.from_pretrained({place!r}).save_pretrained({target!r})",
         ]
         kind = f"pickled weights ({files[0].name})"
+    code = "; ".join(more)
+    code = word(code) if set(code) & set('"$`\\!') else f'"{code}"'
     return (
-        f'has only {kind}, which are not read; convert them once: python -c "{"; ".join(more)}",'
-        f" then give model.name={target}"
+        f"has only {kind}, which are not read; convert them once: python -c {code},"
+        f" then give {assignment('model.name', target)}"
     )

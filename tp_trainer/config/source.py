@@ -23,6 +23,7 @@ from tp_trainer.config.files import (
     listed,
     typed,
 )
+from tp_trainer.config.quoting import assignment
 from tp_trainer.config.schema import SOURCES, Data
 
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # of datasets' save_to_disk
@@ -214,7 +215,8 @@ def _check_words(name: str) -> None:
     found = re.fullmatch(rf"({HUB_ID})([@:])(\S+)", name)
     if found and not os.path.exists(path):
         key = "revision" if found[3] == "@" else "subset"
-        raise ConfigError("data.name", name, f"type data.name={found[1]} data.{key}={found[4]}")
+        part = assignment(f"data.{key}", found[4])
+        raise ConfigError("data.name", name, f"type data.name={found[1]} {part}")
 
 
 def _check_hub(data: Data, name: str) -> None:

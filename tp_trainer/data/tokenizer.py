@@ -14,6 +14,7 @@ from typing import Any
 
 from tp_trainer.assets import TOKENIZER, TOKENIZER_SIZE
 from tp_trainer.config import ConfigError, Data, Model, hub_file
+from tp_trainer.config.quoting import assignment
 
 WEIGHTS = (".safetensors", ".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".distcp")
 NAMES = ("tokenizer", "vocab", "merges", "tekken", "spiece", "sentencepiece", "source.spm", "bpe")
@@ -79,7 +80,8 @@ def _typed(name: str) -> str:
         raise ConfigError(
             "data.tokenizer",
             name,
-            f"is a file; give its directory: data.tokenizer={os.path.dirname(name) or '.'}",
+            "is a file; give its directory: "
+            + assignment("data.tokenizer", os.path.dirname(name) or "."),
         )
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name.strip():
         raise ConfigError(
