@@ -7,7 +7,7 @@ import shlex
 
 PLAIN = re.compile(r"[\w./:@+*?-]+", re.ASCII)  # what Hydra reads as it stands,
 OTHER = re.compile(  # unless it reads more in it than text
-    r"null|true|false|[+-]?(?:inf|nan|[\d._]+(?:e[+-]?\d+)?)", re.IGNORECASE
+    r"null|true|false|[+-]?(?:inf|nan|(?=.*\d)[\d._]+(?:e[+-]?\d+)?)", re.IGNORECASE
 )
 
 

@@ -54,7 +54,7 @@ class _Facts:
 
     @property
     def is_hub(self) -> bool:
-        return self.source == "hub" and not os.path.isdir(self.name or "")
+        return self.source == "hub" and not os.path.exists(self.name or "")
 
 
 def prepare(
