@@ -154,7 +154,7 @@ def peek(data: Data) -> None:
     for key, split in {split_of(data, part) for part in ("train", "validation")}:
         whole = re.split(r"[\[+]", split)[0]  # no slices
 
-        def first(builder: Any, split: str = whole) -> dict[str, Any] | None:
+        def first(builder: Any, split: str = whole) -> Any:
             return next(iter(builder.as_streaming_dataset(split=split)), None)
 
         row = hub.tried(first, key, split)

@@ -10,7 +10,6 @@ import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from tp_trainer.config import ConfigError, Data
 
@@ -23,7 +22,7 @@ def is_table(name: str | None) -> bool:
     return name is not None and _suffix(name) in READERS and os.path.isfile(name)
 
 
-def arguments(path: str, column: str | None = None, as_text: bool = False) -> dict[str, Any]:
+def arguments(path: str, column: str | None = None, as_text: bool = False) -> dict[str, object]:
     """load_dataset_builder's, for one file.
 
     Args:
@@ -33,7 +32,7 @@ def arguments(path: str, column: str | None = None, as_text: bool = False) -> di
     import datasets  # type: ignore[import-untyped]
 
     kind = READERS[_suffix(path)]
-    found: dict[str, Any] = {"path": kind, "data_files": glob.escape(path)}
+    found: dict[str, object] = {"path": kind, "data_files": glob.escape(path)}
     if _suffix(path) == ".tsv":
         found["sep"] = "\t"
     if kind == "parquet" and column in columns_of(path):
