@@ -90,6 +90,12 @@ def test_an_override_that_is_none(name: str, capsys: pytest.CaptureFixture[str])
     assert read(said.rstrip().rpartition(": ")[2]) == {"data.name": f"/data/{name}.jsonl"}
 
 
+@pytest.mark.parametrize("name", ["[a]", "{a}", "{a: b}", "[a, b]"])
+def test_a_name_in_brackets(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, f"data.name={name}")
+    assert read("'" + said.rstrip().rpartition(": '")[2]) == {"data.name": name}
+
+
 def test_quotes_that_the_shell_has_left_are_not_doubled(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "data.name='it's.jsonl'")
     assert read(said.rstrip().rpartition(": ")[2]) == {"data.name": "it's.jsonl"}

@@ -9,19 +9,16 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from configs import TINY_RUN
+from mirror import COMMIT, MODEL, mirror
 
-COMMIT = "c" * 40
 CONFIG = json.dumps(TINY_RUN["model"]["architecture"]).encode()
-MODEL = "/mirror/hf/owner/model/resolve/main/"
 ASK = """
 import sys
 from tp_trainer.config import hub_file
@@ -35,38 +32,8 @@ for file in sys.argv[1:]:
 
 @pytest.fixture
 def server() -> Iterator[SimpleNamespace]:
-    """A mirror of the hub with one model at /mirror/hf; to absolute URLs it is a proxy."""
-    state = SimpleNamespace(asked=[], status=200, hub=True)
-
-    class Mirror(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            state.asked.append(f"{self.command} {self.path}")
-            there = self.path.endswith(MODEL + "config.json")
-            self.send_response(state.status if there or state.status != 200 else 404)
-            self.send_header("Content-Length", str(len(CONFIG)) if there else "0")
-            if not there:
-                self.send_header("X-Error-Code", "EntryNotFound")
-            if state.hub:
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("ETag", '"abc"')
-            self.end_headers()
-
-        def do_GET(self) -> None:
-            self.do_HEAD()
-            self.wfile.write(CONFIG)
-
-        def do_CONNECT(self) -> None:
-            state.asked.append(f"CONNECT {self.path}")
-            self.send_error(403, "not for you")
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as serving:
-        threading.Thread(target=serving.serve_forever, daemon=True).start()
-        state.at = f"127.0.0.1:{serving.server_port}"
+    with mirror({"config.json": CONFIG}) as state:
         yield state
-        serving.shutdown()
 
 
 @pytest.fixture
@@ -102,7 +69,7 @@ GOT = f"got {CONFIG.decode()}"
 def test_a_mirror_with_a_port_and_a_path(server: SimpleNamespace, tmp_path: Path) -> None:
     found = asked(tmp_path, "config.json", "gone.json", HF_ENDPOINT=f"http://{server.at}/mirror/hf")
     assert found == [GOT, "LookupError owner/model has no gone.json"]
-    assert f"GET {MODEL}config.json" in server.asked
+    assert f"GET {MODEL}main/config.json" in server.asked
 
 
 def test_through_a_proxy(server: SimpleNamespace, closed: str, tmp_path: Path) -> None:
@@ -132,14 +99,14 @@ def test_a_proxy_that_refuses(server: SimpleNamespace, tmp_path: Path) -> None:
 def test_out_of_reach_is_soon_and_the_cache_serves(
     server: SimpleNamespace, closed: str, tmp_path: Path, fault: str
 ) -> None:
-    mirror = f"http://{server.at}/mirror/hf"
-    assert asked(tmp_path, HF_ENDPOINT=mirror) == [GOT]
+    at = f"http://{server.at}/mirror/hf"
+    assert asked(tmp_path, HF_ENDPOINT=at) == [GOT]
     with socket.create_server(("127.0.0.1", 0)) as silent:
         server.status = 503
         endpoint = {
             "closed": f"http://{closed}/mirror/hf",
             "silent": f"http://127.0.0.1:{silent.getsockname()[1]}/mirror/hf",
-            "gateway": mirror,
+            "gateway": at,
             "no scheme": f"{server.at}/mirror/hf",
         }[fault]
         began = time.monotonic()
@@ -159,21 +126,21 @@ def test_what_is_no_hub_is_said_to_be_none(server: SimpleNamespace, tmp_path: Pa
 
 
 def test_offline_nothing_is_asked(server: SimpleNamespace, tmp_path: Path) -> None:
-    mirror = {"HF_ENDPOINT": f"http://{server.at}/mirror/hf"}
-    offline = {**mirror, "HF_HUB_OFFLINE": "1"}
+    at = {"HF_ENDPOINT": f"http://{server.at}/mirror/hf"}
+    offline = {**at, "HF_HUB_OFFLINE": "1"}
     assert asked(tmp_path, **offline) == [
         "OSError HF_HUB_OFFLINE is set, and config.json is not in the cache"
     ]
     assert not server.asked
-    assert asked(tmp_path, **mirror) == [GOT] and asked(tmp_path, **offline) == [GOT]
+    assert asked(tmp_path, **at) == [GOT] and asked(tmp_path, **offline) == [GOT]
 
 
 def test_a_tokenizers_commit_is_asked_of_the_mirror_and_soon_given_up(
     server: SimpleNamespace, closed: str, tmp_path: Path
 ) -> None:
     ask = "from tp_trainer.data.tokenizer import commit; print(commit('owner/model'))"
-    mirror = {"HF_ENDPOINT": f"http://{server.at}/mirror/hf"}
-    assert asked(tmp_path / "a", script=ask, **mirror) == [COMMIT]
+    at = {"HF_ENDPOINT": f"http://{server.at}/mirror/hf"}
+    assert asked(tmp_path / "a", script=ask, **at) == [COMMIT]
     began = time.monotonic()
     assert asked(tmp_path / "b", script=ask, HF_ENDPOINT=f"http://{closed}/x") == ["None"]
     assert time.monotonic() - began < 12
