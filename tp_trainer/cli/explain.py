@@ -126,10 +126,11 @@ def _of_value(
                 return unknown_key(key, value)
     if refused.key.startswith("_"):  # `_dummy_`: Hydra's own scaffolding
         return None
-    value, message = typed.get(refused.key, refused.value), refused.message
-    if message.startswith("must be one value") and isinstance(value, str):
-        message += f"; text in brackets has quotes: {assignment(refused.key, value)}"
-    return ConfigError(refused.key, value, message)
+    message = refused.message
+    if message.startswith("must be one value") and refused.key in typed:
+        quoted = assignment(refused.key, typed[refused.key])
+        message += f"; text in brackets has quotes: {quoted}"
+    return ConfigError(refused.key, typed.get(refused.key, refused.value), message)
 
 
 # -------------------------------------------------------- by the texts of Hydra's other exceptions
