@@ -19,7 +19,7 @@ from configs import TINY_RUN
 from mirror import mirror
 
 pytestmark = pytest.mark.matrix
-NUMBERS = TINY_RUN["model"]["architecture"]
+NUMBERS = {**TINY_RUN["model"]["architecture"], "num_hidden_layers": 1}  # as the quick settings say
 SETTINGS = ("parallelism=tp1_dp2", "train.max_steps=4", "tracker=none", "data.seq_length=32")
 
 

@@ -13,7 +13,6 @@ from tp_trainer.config.errors import ConfigError
 from tp_trainer.config.fields import check_ranges, with_overrides
 from tp_trainer.config.hub import hub_file
 from tp_trainer.config.quoting import assignment, pasted, word
-from tp_trainer.config.rope import positions
 from tp_trainer.config.schema import Model, Settings
 from tp_trainer.config.towers import PARTS, text_part
 
@@ -37,7 +36,6 @@ class Architecture:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    positions: int  # with the scaling of rope
     tie_word_embeddings: bool
 
     @classmethod
@@ -91,7 +89,6 @@ class Architecture:
             num_key_value_heads=need("num_key_value_heads", heads),
             head_dim=need("head_dim", hidden // heads),
             max_position_embeddings=need("max_position_embeddings"),
-            positions=positions(numbers),
             tie_word_embeddings=bool(numbers.get("tie_word_embeddings", False)),
         )
 
