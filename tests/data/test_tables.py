@@ -176,6 +176,11 @@ def test_a_fault_is_named_with_its_file(fault: str) -> None:
     assert says in said and name in said, said
 
 
+def test_a_name_that_the_library_takes_for_something_else() -> None:
+    said = refusal(put("a::b.csv", CSV))
+    assert said.count("can't be read") == 1 and "a::b.csv can't be read (" in said
+
+
 def test_the_file_at_fault_in_a_directory() -> None:
     for number in range(3):
         put(f"set/{number}.csv", CSV)

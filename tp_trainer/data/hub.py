@@ -116,6 +116,8 @@ class HubData:
         with quiet():
             try:
                 return read(self.builder)
+            except ConfigError:
+                raise
             except Exception as error:
                 if reads_as_text(self.data, error):
                     with suppress(Exception):
