@@ -148,7 +148,7 @@ def execute(command: Sequence[str], limit: float, **env: str) -> str:
     """What a command prints, both streams. Its process group ends with it. Raises Failed past
     `limit` seconds.
     """
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -198,7 +198,7 @@ def ours(cell: Cell, args: argparse.Namespace) -> Iterator[Row]:
         if not Path(scratch, "rows").exists():
             raise Failed(last_line(output))
         yield {
-            **json.loads(Path(scratch, "rows").read_text()),
+            **json.loads(Path(scratch, "rows").read_text(encoding="utf-8")),
             "trace": None,
             "command": shlex.join(["python", *command]),
         }
@@ -342,7 +342,7 @@ def main(argv: Sequence[str]) -> int:
     for cell, round_, program in product(args.cells, range(1, args.rounds + 1), args.programs):
         try:
             for row in measure(cell, program, args):
-                with open(args.results, "a") as file:
+                with open(args.results, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 rows.append(row)
                 print(

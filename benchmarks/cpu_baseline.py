@@ -76,7 +76,7 @@ def ours(layout: str, warmup: int, steps: int) -> tuple[float, float, int]:
         subprocess.run(
             [sys.executable, "launch.py", *keys], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
         )
-        row = json.loads(Path(scratch, "bench.jsonl").read_text())
+        row = json.loads(Path(scratch, "bench.jsonl").read_text(encoding="utf-8"))
     rate, step = row["tokens_per_second"], row["step_seconds"]
     return rate, rate * step["median"] / step["min"], row["environment"]["threads"]
 

@@ -78,7 +78,7 @@ def rank_main(rank: int, ranks: int, directory: str, group: str, report: Any) ->
         optimizer.step()
     step = found.step if found else 0
     report.put((rank, step, torn, skipped))
-    with Path(f"{directory}/done.{rank}").open("a") as done:
+    with Path(f"{directory}/done.{rank}").open("a", encoding="utf-8") as done:
         while True:
             step += 1
             with torch.no_grad():

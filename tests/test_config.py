@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,60 @@ def test_what_is_null_follows_from_other_keys(tmp_path: Path) -> None:
     assert loaded(data__seq_length=64, model__recipe={"seq_length": 256}).data.seq_length == 64
     assert loaded().data.seq_length == 1024  # 2048, but the model has no more positions
     assert Path(config.run_dir).is_absolute()
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 256}
+LENGTHS: dict[str, tuple[dict[str, Any], int]] = {  # of 1024 positions, unscaled
+    "no rope": ({}, 1024),
+    "default": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 1024),
+    "yarn": ({"rope_scaling": {"type": "yarn", **YARN, "factor": 8}}, 2048),
+    "yarn, scaled already": ({"rope_scaling": {"rope_type": "yarn", **YARN}}, 1024),
+    "yarn over all": (
+        {"rope_scaling": {"type": "yarn", **YARN, "original_max_position_embeddings": 1024}},
+        4096,
+    ),
+    "yarn, new form": ({"rope_parameters": {"rope_type": "yarn", **YARN, "factor": 8.0}}, 2048),
+    "yarn without original": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, 2048),
+    "yarn without factor": ({"rope_scaling": {"type": "yarn", "factor": None}}, 1024),
+    "yarn, original beside": (
+        {"rope_scaling": {"type": "yarn", "factor": 8}, "original_max_position_embeddings": 256},
+        2048,
+    ),
+    "linear": ({"rope_scaling": {"type": "linear", "factor": 2.5}}, 2560),
+    "linear, new form": ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, 2048),
+    "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 2048),
+    "llama3": ({"rope_scaling": {"rope_type": "llama3", **YARN, "factor": 32.0}}, 1024),
+    "longrope": ({"rope_scaling": {"type": "longrope", **YARN, "factor": 32.0}}, 1024),
+    "by layer": (
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "yarn", **YARN, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default"},
+            }
+        },
+        2048,
+    ),
+    "by layer, old form": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_local_base_freq": 1e4},
+        2048,
+    ),
+    "not there": ({"rope_parameters": None, "rope_scaling": None}, 1024),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_lengths_go_as_far_as_scaled_positions(case: str, tmp_path: Path) -> None:
+    fields, length = LENGTHS[case]
+    (tmp_path / "config.json").write_text(json.dumps({**NUMBERS, **fields}))
+
+    def loads(length: int | None) -> Config:
+        return loaded(model__name=str(tmp_path), data__seq_length=length)
+
+    assert loads(length).data.seq_length == length
+    assert loads(None).data.seq_length == 1024, "the default, and with it the run's name, stays"
+    refused = f"data.seq_length={length + 2}: the model has {length} positions; give at most that"
+    with pytest.raises(ConfigError, match=refused):
+        loads(length + 2)
 
 
 def test_a_name_alone_replaces_the_groups_architecture(tmp_path: Path) -> None:
@@ -227,6 +282,44 @@ def test_the_derived_name_stays_whatever_the_place_and_the_length(change: dict[s
     assert loaded(**change).experiment_name == NAME
 
 
+ODD = (
+    *("模型", "\u00e9" * 60, "e\u0301" * 60, "\U0001f433", "名" * 80),  # NFC, NFD, an emoji
+    *("---", "...x", "-rf", ".hidden", "_", "x.", "m" * 240),
+)
+
+
+@pytest.mark.parametrize("model", ODD, ids=lambda name: ascii(name)[:12])
+@pytest.mark.parametrize("data", ["数据", "d" * 240, "a...", "-", "a"], ids=lambda n: ascii(n)[:12])
+def test_a_derived_name_is_valid_whatever_the_files_are_called(
+    model: str, data: str, tmp_path: Path
+) -> None:
+    (tmp_path / model).mkdir()
+    (tmp_path / model / "config.json").write_text(json.dumps(NUMBERS))
+    texts = [tmp_path / f"{data}.jsonl", tmp_path / "other" / f"{data}.jsonl"]
+    (tmp_path / "other").mkdir()
+    for path in texts:
+        path.write_text('{"text": "whale"}\n')
+    names = {
+        loaded(
+            model__name=str(tmp_path / model), model__weights="random", data__name=str(path)
+        ).experiment_name
+        for path in texts
+    }
+    assert len(names) == 2
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", each) and len(each) <= 200 for each in names)
+
+
+def test_a_derived_name_that_was_valid_stays(tmp_path: Path) -> None:
+    """Letters that it can't take are dashes, as ever; no run that exists is lost."""
+    (tmp_path / "Größe model").mkdir()
+    (tmp_path / "Größe model" / "config.json").write_text(json.dumps(NUMBERS))
+    (tmp_path / "数据.txt").write_text("whale")
+    name = loaded(
+        model__name=str(tmp_path / "Größe model"), data__name=str(tmp_path / "数据.txt")
+    ).experiment_name
+    assert name.startswith("gr-e-model---tp2_dp2-")
+
+
 # --------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +373,7 @@ def test_the_derived_name_stays_whatever_the_place_and_the_length(change: dict[s
             {"parallelism__cuda_graphs": True, "cluster__device": "cpu"},
             "parallelism.cuda_graphs=true: needs GPUs",
         ),
+        ({"experiment_name": "a" * 256}, "has 256 letters, a directory's name at most 255"),
         ({"parallelism__tp": 16}, "degrees that do: 1, 2, 4, 8"),
         (
             {

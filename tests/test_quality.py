@@ -26,6 +26,10 @@ def test_ruff() -> None:
     run("ruff", "check", "tp_trainer", "tests", "launch.py")
 
 
+def test_text_files_are_utf8_whatever_the_locale() -> None:
+    run("ruff", "check", "--preview", "--select", "PLW1514", "tp_trainer", "launch.py")
+
+
 def test_format() -> None:
     run("ruff", "format", "--check", ".")
 

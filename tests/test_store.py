@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,12 +32,14 @@ def put(store: Store, draft: str, file: str, content: bytes) -> dict[str, Entry]
         return {file: sink.close()}
 
 
-def save(store: Store, step: int, **state: Any) -> str:
+def save(
+    store: Store, step: int, warn: Callable[[str], None] = lambda text: None, **state: Any
+) -> str:
     draft = store.begin(step)
     files = put(store, draft, SHARD, bytes(range(100))) | put(
         store, draft, "00001_0000.distcp", b"of another rank"
     )
-    return store.commit(draft, state_of(step, **state), b"{}", files)
+    return store.commit(draft, state_of(step, **state), b"{}", files, warn=warn)
 
 
 def write(store: Store, step: int, **state: Any) -> Path:
@@ -428,3 +433,62 @@ def test_other_names_are_no_checkpoints(disk: Store, tmp_path: Path) -> None:
     assert disk.step_names() == ["step_00000008"] and all(
         (tmp_path / "run" / name).exists() for name in names
     )
+
+
+# ------------------------------------------------------- file systems that don't sync directories
+
+
+def answering(
+    monkeypatch: pytest.MonkeyPatch, call: str, number: int, of: Callable[[int], bool]
+) -> None:
+    """os.open or os.fsync fail with an errno, for directories or for files."""
+    real = getattr(os, call)
+
+    def failing(what: Any, *more: Any) -> Any:
+        mode = os.stat(what).st_mode if isinstance(what, int) or os.path.exists(what) else 0
+        if of(mode):
+            raise OSError(number, os.strerror(number))
+        return real(what, *more)
+
+    monkeypatch.setattr(os, call, failing)
+
+
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        ("fsync", errno.EINVAL),  # CIFS
+        ("fsync", errno.ENOTSUP),
+        ("fsync", errno.ENOSYS),  # FUSE without fsyncdir
+        ("fsync", errno.EBADF),
+        ("open", errno.EISDIR),
+        ("open", errno.EACCES),
+    ],
+)
+def test_directories_that_are_not_synced_are_told_once(
+    disk: Store, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    answering(monkeypatch, call, number, stat.S_ISDIR)
+    told: list[str] = []
+    for step in (1, 2):
+        save(disk, step, told.append)
+    monkeypatch.undo()
+    assert disk.step_names() == ["step_00000001", "step_00000002"]
+    (line,) = told
+    assert "doesn't sync directories" in line and os.strerror(number) in line
+
+
+@pytest.mark.parametrize(
+    ("number", "of"),
+    [
+        (errno.EIO, stat.S_ISDIR),
+        (errno.ENOSPC, stat.S_ISDIR),
+        (errno.ESTALE, stat.S_ISDIR),
+        (errno.EINVAL, stat.S_ISREG),  # of files it stays strict
+    ],
+)
+def test_what_else_goes_wrong_with_a_sync_fails_the_save(
+    disk: Store, monkeypatch: pytest.MonkeyPatch, number: int, of: Callable[[int], bool]
+) -> None:
+    answering(monkeypatch, "fsync", number, of)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        save(disk, 1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tp_trainer.config.quoting import word
 from tp_trainer.summary import Summary
 from tp_trainer.view import duration, source_line
 
@@ -112,7 +113,7 @@ def _in_run_dir(form: str) -> Say:
 def _tensorboard(summary: Summary) -> str | None:
     run_dir, kind = summary.get("run_dir", "").rstrip("/"), summary.get("tracker")
     there = kind == "tensorboard" or (kind is None and Path(run_dir, "tensorboard").is_dir())
-    return f"tensorboard --logdir {run_dir}/tensorboard" if run_dir and there else None
+    return f"tensorboard --logdir {word(f'{run_dir}/tensorboard')}" if run_dir and there else None
 
 
 def _go_on(summary: Summary) -> str | None:

@@ -31,16 +31,26 @@ def free_host_memory() -> int | None:
     """
     known = []
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        fields = dict(
+            line.split(":", 1)
+            for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        )
         known.append(int(fields["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError, ValueError):
         pass
     try:
         group = Path("/sys/fs/cgroup")
-        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        pages = dict(
+            line.split()
+            for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        )
         # page cache can go
-        used = int((group / "memory.current").read_text()) - int(pages["inactive_file"])
-        known.append(int((group / "memory.max").read_text()) - used)  # `max` is no number: no limit
+        used = int((group / "memory.current").read_text(encoding="utf-8")) - int(
+            pages["inactive_file"]
+        )
+        known.append(
+            int((group / "memory.max").read_text(encoding="utf-8")) - used
+        )  # `max` is no number: no limit
     except (OSError, KeyError, ValueError):
         pass
     return min(known) if known else None

@@ -76,7 +76,7 @@ class Alarm:
         self.path = Path(path) if path and seconds is not None else None
         if self.path is not None:
             self.path.parent.mkdir(exist_ok=True)
-            self.file = self.path.open("a")
+            self.file = self.path.open("a", encoding="utf-8")
 
     def alive(self, times: float = 1) -> None:
         """A sign of life. The next one must come within `times` the set time."""

@@ -65,7 +65,9 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
         "eos_token": END,
         "clean_up_tokenization_spaces": False,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ large ones block by block. No torch.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import io
 import json
@@ -21,6 +22,19 @@ from yaml import YAMLError
 
 from tp_trainer.checkpoint.manifest import Damaged, Entry
 from tp_trainer.checkpoint.requests import again, count_failures, options
+
+NOT_OFFERED = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.ENOTTY,
+    errno.EBADF,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+}
+"""What CIFS, FUSE and others answer where a directory should be opened or synced; never EIO."""
 
 
 class Sink:
@@ -75,6 +89,7 @@ class RunDirectory:
         self.root = str(root).rstrip("/")
         # files can be renamed, linked and brought to the disk
         self.local = "file" in self.fs.protocol
+        self._told = False  # that its directories can't be brought to the disk
 
     def read_json(self, name: str) -> Any | None:
         """The content of a JSON file in the run's directory; None where there is none or it is no
@@ -114,11 +129,11 @@ class RunDirectory:
         target = f"{self.root}/{name}"
         self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         if self.local:
-            with self.fs.open(target + ".part", "w") as file:
+            with self.fs.open(target + ".part", "w", encoding="utf-8") as file:
                 file.write(text)
             self.fs.mv(target + ".part", target)
         else:  # an object store shows an object once it is whole
-            with self.fs.open(target, "w") as file:
+            with self.fs.open(target, "w", encoding="utf-8") as file:
                 file.write(text)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -221,6 +236,31 @@ class RunDirectory:
             for file, each in status.items()
         }
 
+    def sync_names(self, name: str, warn: Callable[[str], None]) -> None:
+        """Bring the names in a directory to the disk; "" is the run's own.
+
+        Some file systems don't offer that, and order the names themselves: `warn` hears of it once.
+
+        Raises:
+            OSError: it failed for another reason.
+        """
+        path = f"{self.root}/{name}".rstrip("/")
+        try:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            if error.errno not in NOT_OFFERED:
+                raise
+            if not self._told:
+                warn(
+                    f"the file system of {self.root} doesn't sync directories ({error.strerror}): "
+                    "after a power failure the newest checkpoint may be absent"
+                )
+            self._told = True
+
     def try_remove(self, name: str, warn: Callable[[str], None], first: str | None = None) -> None:
         """Remove, its file `first` before the others. Where that fails, `warn` hears of it."""
         try:
@@ -229,12 +269,3 @@ class RunDirectory:
             self.remove(name)
         except Exception as error:  # every file system has its own
             warn(f"{name} can't be removed ({error})")
-
-
-def sync_directory(path: str) -> None:
-    """Bring a directory's names to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

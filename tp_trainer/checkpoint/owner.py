@@ -151,7 +151,7 @@ class Owner:
         if self.store.local:  # not Store.write_text: its temporary name is every writer's
             target = Path(self.store.root, OWNER)
             part = target.with_name(f".owner-{self.launch}")
-            part.write_text(text)
+            part.write_text(text, encoding="utf-8")
             os.replace(part, target)
         else:
             self.store.write_text(OWNER, text)
@@ -166,7 +166,7 @@ def _locked(store: Store) -> Iterator[bool]:
         yield False
         return
     os.makedirs(store.root, exist_ok=True)
-    with open(f"{store.root}/{LOCK}", "w") as file:
+    with open(f"{store.root}/{LOCK}", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
@@ -199,7 +199,7 @@ def _machine() -> str | None:
     """
     with suppress(OSError):
         return (
-            f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+            f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()}"
             f" {os.readlink('/proc/self/ns/pid')}"
         )
     return None
@@ -208,6 +208,6 @@ def _machine() -> str | None:
 def _started(pid: int) -> str | None:
     """When a process of this machine began, in clock ticks; None: there is none, or a zombie."""
     with suppress(OSError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
     return None

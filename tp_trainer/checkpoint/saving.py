@@ -239,9 +239,8 @@ class Checkpoints(CheckpointReader):
         def commit() -> str:
             if not self.permitted():
                 raise RuntimeError("the run's directory belongs to another process now")
-            return self.store.commit(
-                draft, state, render_metadata(plan.tensors), files, replace=there
-            )
+            metadata, warn = render_metadata(plan.tensors), saved.notes.append
+            return self.store.commit(draft, state, metadata, files, replace=there, warn=warn)
 
         try:
             files = {

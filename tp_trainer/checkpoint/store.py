@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from tp_trainer.checkpoint.directory import RunDirectory, sync_directory
+from tp_trainer.checkpoint.directory import RunDirectory
 from tp_trainer.checkpoint.manifest import (
     MANIFEST,
     METADATA,
@@ -37,6 +37,7 @@ from tp_trainer.checkpoint.manifest import (
 from tp_trainer.checkpoint.requests import again
 from tp_trainer.checkpoint.state import RunState
 from tp_trainer.config import ConfigError
+from tp_trainer.config.quoting import pasted
 
 NAME = re.compile(r"step_([0-9]{8,18})")
 DRAFT, OLD = ".saving-", ".damaged-"  # directories that are no checkpoints yet, and no longer
@@ -208,6 +209,7 @@ class Store(RunDirectory):
         metadata: bytes,
         files: Mapping[str, Entry],
         replace: bool = False,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> str:
         """Make the checkpoint count: the small files, the manifest over all, and one step by which
         it appears. Returns its path.
@@ -216,6 +218,7 @@ class Store(RunDirectory):
             metadata: the content of metadata.json.
             files: what all processes wrote.
             replace: as given to `begin`.
+            warn: hears, once, of a file system that doesn't sync directories.
 
         Raises:
             OSError: it doesn't count.
@@ -227,13 +230,13 @@ class Store(RunDirectory):
         name = step_name(state.step)
         if self.local:
             target = f"{self.root}/{name}"
-            sync_directory(f"{self.root}/{draft}")
+            self.sync_names(draft, warn)
             if os.path.lexists(target):
                 if not replace and isinstance(self.check(name), VerifiedCheckpoint):
                     raise FileExistsError(f"{name} has come meanwhile")
                 os.rename(target, f"{self.root}/{draft.replace(DRAFT, OLD)}")
             os.rename(f"{self.root}/{draft}", target)
-            sync_directory(self.root)
+            self.sync_names("", warn)
             with suppress(OSError):
                 self.remove(draft.replace(DRAFT, OLD))
         return f"{self.run_dir}/{name}"
@@ -281,9 +284,9 @@ def named(key: str, path: str) -> VerifiedCheckpoint:
         if not is_step(name) and not beside.exists(name):
             found = ABSENT
         if found == ABSENT and (newest := beside.newest()[0]):
-            hint = f"; the newest there is {newest.path}"
+            hint = f"; the newest there is {pasted(key, newest.path)}"
         elif not is_step(name) and (newest := inside.newest()[0]):
-            hint = f"; give one of its checkpoints, e.g. {newest.path}"
+            hint = f"; give one of its checkpoints, e.g. {pasted(key, newest.path)}"
     except Exception as error:  # every file system has its own
         raise ConfigError(key, path, f"can't be read ({error})") from error
     raise ConfigError(key, path, found + hint)

@@ -18,9 +18,11 @@ from hydra._internal.utils import _run_hydra
 from tp_trainer.cli.arguments import arguments, primary_config
 from tp_trainer.cli.composition import compose
 from tp_trainer.cli.jobs import DONE, FAILED, INTERRUPTED, REFUSED, app, complain, report_sweep
+from tp_trainer.cli.locale import leave_ascii
 from tp_trainer.cli.saved import choose_groups
 from tp_trainer.cli.text import keep_text
 from tp_trainer.config import ConfigError
+from tp_trainer.config.quoting import hydra_text
 from tp_trainer.tasks import help_lines
 
 
@@ -28,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python launch.py` and `tp-trainer`. Returns when all went well, else raises SystemExit with
     the exit code.
     """
+    if argv is None:
+        leave_ascii()
     version.setbase("1.3")
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
@@ -51,8 +55,7 @@ def _main(argv: list[str]) -> int:
     if sweep_dir is not None:
         # Hydra would take the time anew; and reports of an older sweep in a directory that the user
         # named are not this one's
-        quoted = str(sweep_dir).replace("\\", "\\\\").replace("'", "\\'")
-        args.overrides.append(f"hydra.sweep.dir='{quoted}'")
+        args.overrides.append(f"hydra.sweep.dir={hydra_text(str(sweep_dir))}")
         for report in sweep_dir.glob("**/job.json"):
             report.unlink()
     if args.help:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from tp_trainer.cli.arguments import OPEN_KEY, as_typed, conf_dir
 from tp_trainer.config import Config
-
-PLAIN = re.compile(r"[\w./:@+-]+")  # what Hydra reads as it stands
+from tp_trainer.config.quoting import hydra_text
 
 
 def command_of(hydra: Any, config: Config) -> list[str]:
@@ -32,7 +30,7 @@ def command_of(hydra: Any, config: Config) -> list[str]:
             secret = True
         # of a sweep's job number, say; Hydra has escaped it
         elif plain in resolved and "${" in value.replace("\\", ""):
-            words.append(f"{plain}={_quoted(str(resolved[plain]))}")
+            words.append(f"{plain}={hydra_text(str(resolved[plain]))}")
         else:  # the + that this program has put before it is not for the user to type
             words.append(
                 f"{plain}={value}" if plain in groups or OPEN_KEY.match(f"{plain}=") else override
@@ -61,7 +59,3 @@ def _flags(hydra: Any) -> list[str]:
     return flags + (
         ["--config-name", str(hydra.job.config_name)] if hydra.job.config_name != "config" else []
     )
-
-
-def _quoted(value: str) -> str:
-    return value if PLAIN.fullmatch(value) else "'" + value.replace("'", "\\'") + "'"

@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from tp_trainer.config import ConfigError, Settings
+from tp_trainer.config.quoting import word
 
 if TYPE_CHECKING:
     import argparse
@@ -77,7 +78,7 @@ def primary_config(args: argparse.Namespace) -> tuple[str, str]:
             raise ConfigError(
                 "--config-path",
                 args.config_path,
-                f"is a file; give its directory: --config-path {path.parent}",
+                f"is a file; give its directory: --config-path {word(path.parent)}",
             )
         if not path.is_dir():
             raise ConfigError(
@@ -111,7 +112,7 @@ def primary_config(args: argparse.Namespace) -> tuple[str, str]:
             raise ConfigError(
                 "--config-dir",
                 args.config_dir,
-                f"{shadowed}; to run it: --config-path {args.config_dir}",
+                f"{shadowed}; to run it: --config-path {word(args.config_dir)}",
             )
         args.config_dir = str(added)
     args.config_path, args.config_name = directory, name

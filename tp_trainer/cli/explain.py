@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tp_trainer.config import ConfigError, known_keys, nearest, translate, unknown_key
+from tp_trainer.config.quoting import OTHER, assignment
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def explain(error: Exception, typed: Mapping[str, str], loader: ConfigLoader) ->
         return ConfigError("", None, f"a config file can't be read: {text}")
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override)
+    if misplaced := _misplaced_experiment(text, what):
+        return misplaced
     if isinstance(error, MissingConfigException):
         return _no_such_option(text, what)
     for pattern, sentence in SENTENCES:
@@ -70,8 +73,30 @@ def _unreadable(override: str) -> ConfigError:
     if not re.fullmatch(r"[+~]*[\w./@-]+", key):
         hint = "keys are words with dots between, a list is given whole: key=[a,b]"
         return ConfigError(key, value, f"is no key; {hint}")
-    quoted = f"'{key}=\"{value}\"'".replace('""', '"')
-    return ConfigError(key, value, f"can't be read; quote the value: {quoted}")
+    text = value[1:-1] if len(value) > 1 and value[0] == value[-1] in "'\"" else value
+    return ConfigError(key, value, f"can't be read; quote the value: {assignment(key, text)}")
+
+
+def _misplaced_experiment(text: str, what: Composition) -> ConfigError | None:
+    """An experiment whose keys are put under `experiment`, for want of a first line."""
+    chosen = re.findall(r"[^\[\],\s'\"]+", what.typed.get("experiment", ""))
+    chosen += re.findall(r"In 'experiment/(.+?)'", text)
+    for name in chosen:
+        try:
+            found = what.loader.repository.load_config(f"experiment/{name}")  # type: ignore[attr-defined]
+        except (YAMLError, OSError, ValueError):
+            continue
+        if found is None:
+            continue
+        package = str(found.header.get("package") or "experiment")
+        if package.split(".")[0] not in {"_global_", *what.groups} - {"experiment"}:
+            said = "says no package" if package == "experiment" else f"says {package}"
+            return ConfigError(
+                "experiment",
+                name,
+                f"experiment/{name}.yaml {said}; its first line must be: # @package _global_",
+            )
+    return None
 
 
 def _no_such_option(text: str, what: Composition) -> ConfigError:
@@ -101,7 +126,11 @@ def _of_value(
                 return unknown_key(key, value)
     if refused.key.startswith("_"):  # `_dummy_`: Hydra's own scaffolding
         return None
-    return ConfigError(refused.key, typed.get(refused.key, refused.value), refused.message)
+    message = refused.message
+    if message.startswith("must be one value") and refused.key in typed:
+        quoted = assignment(refused.key, typed[refused.key])
+        message += f"; text in brackets has quotes: {quoted}"
+    return ConfigError(refused.key, typed.get(refused.key, refused.value), message)
 
 
 # -------------------------------------------------------- by the texts of Hydra's other exceptions
@@ -110,6 +139,8 @@ def _of_value(
 def _several_values(found: re.Match[str], what: Composition) -> ConfigError:
     key, value = found.groups()
     message = f"one value is wanted; a list is {key}=[a,b], a sweep needs -m (--multirun)"
+    if key not in what.groups and not all(map(OTHER.fullmatch, value.split(","))):
+        message += f", text with a comma its quotes: {assignment(key, value)}"
     return ConfigError(key, value, message)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from contextlib import suppress
@@ -102,7 +103,7 @@ def _sweep_job(cfg: DictConfig) -> float:
 
     def write(**changes: Any) -> None:
         job.update(changes)
-        path.write_text(json.dumps(job, indent=1) + "\n")
+        path.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
 
     write()
     try:
@@ -129,7 +130,8 @@ def _sweep_job(cfg: DictConfig) -> float:
 
 def complain(error: object) -> None:
     """One line on stderr."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    # paths keep their spaces
+    print("error:", re.sub(r"\s*\n\s*", " ", str(error).strip()), file=sys.stderr)
 
 
 def report_sweep(sweep_dir: Path, expected: int) -> bool:
@@ -141,7 +143,7 @@ def report_sweep(sweep_dir: Path, expected: int) -> bool:
     jobs = []
     for path in sweep_dir.glob("**/job.json"):
         with suppress(ValueError):  # a job that was killed while it wrote
-            jobs.append(json.loads(path.read_text()))
+            jobs.append(json.loads(path.read_text(encoding="utf-8")))
     jobs.sort(key=lambda job: job["number"])
     common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
     table = Table(

@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from tp_trainer.cli.arguments import conf_dir
 from tp_trainer.config import ConfigError
+from tp_trainer.config.quoting import hydra_text
 
 if TYPE_CHECKING:
     import argparse
@@ -52,8 +53,7 @@ def choose_groups(args: argparse.Namespace, directory: str, name: str) -> None:
             override, chosen = f"+{group}={option}", True
         overrides.append(override)
     if chosen and not any(each.startswith("hydra.searchpath") for each in overrides):
-        quoted = conf.as_posix().replace("\\", "\\\\").replace("'", "\\'")
-        overrides.append(f"hydra.searchpath=['file://{quoted}']")
+        overrides.append(f"hydra.searchpath=[{hydra_text(f'file://{conf.as_posix()}')}]")
     args.overrides = overrides
 
 

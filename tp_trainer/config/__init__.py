@@ -6,7 +6,7 @@ with nulls; what a run knows is `Config`, in which `load` has filled in what fol
 keys. The groups that it fills are narrower types there (resolved.py).
 """
 
-from tp_trainer.config.architecture import Architecture, architecture, hub_file
+from tp_trainer.config.architecture import Architecture, architecture
 from tp_trainer.config.errors import (
     ConfigError,
     OutOfMemory,
@@ -18,6 +18,7 @@ from tp_trainer.config.errors import (
     permanent,
     shown,
 )
+from tp_trainer.config.hub import hub_file
 from tp_trainer.config.identity import (
     RUN_LENGTH,
     check_same_run,

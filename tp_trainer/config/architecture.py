@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from tp_trainer.config.errors import ConfigError
 from tp_trainer.config.fields import check_ranges, with_overrides
+from tp_trainer.config.hub import hub_file
+from tp_trainer.config.quoting import assignment, pasted, word
 from tp_trainer.config.schema import Model, Settings
 from tp_trainer.config.towers import PARTS, text_part
 
@@ -194,9 +192,6 @@ def _read_config(name: str, revision: str | None) -> dict[str, Any]:
     return content
 
 
-HUB_TIMEOUT = 3  # seconds until the hub counts as out of reach
-
-
 def _config_file(name: str, revision: str | None) -> Path:
     """config.json of a model directory, or of a hub id (fetched, or from the hub's cache)."""
     place = Path(name)
@@ -213,7 +208,7 @@ def _config_file(name: str, revision: str | None) -> Path:
         why = (
             no_safetensors(place.parent, [place])
             if place.suffix == ".gguf"
-            else f"is a file; give its directory: {place.parent}"
+            else f"is a file; give its directory: {pasted('model.name', place.parent)}"
         )
         raise ConfigError("model.name", name, why)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
@@ -236,77 +231,31 @@ ADAPTER_REFUSED = (
 
 def no_safetensors(directory: Path, files: Sequence[Path]) -> str:
     """Why weights in other formats aren't read, and the Python that converts them once."""
-    target = f"{directory.name}-safetensors"
+    place, target = str(directory), f"{directory.name}-safetensors"
     if gguf := [path for path in files if path.suffix == ".gguf"]:
         more = [
             "import torch",
             "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, GgufConfig",
-            f"d, f = '{directory}', '{gguf[0].name}'",
+            f"d, f = {place!r}, {gguf[0].name!r}",
             (
                 "m = M.from_pretrained(d, gguf_file=f, dtype=torch.float32,"
                 " quantization_config=GgufConfig(dequantize=True))"
             ),
             "m.config.__dict__.pop('quantization_config', None)",
-            f"m.save_pretrained('{target}')",
-            f"T.from_pretrained(d, gguf_file=f).save_pretrained('{target}')",
+            f"m.save_pretrained({target!r})",
+            f"T.from_pretrained(d, gguf_file=f).save_pretrained({target!r})",
         ]
         kind = f"GGUF weights ({gguf[0].name})"
     else:
         more = [
             "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T",
-            f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{target}')",
-            f"T.from_pretrained('{directory}').save_pretrained('{target}')",
+            f"M.from_pretrained({place!r}, dtype='auto').save_pretrained({target!r})",
+            f"T.from_pretrained({place!r}).save_pretrained({target!r})",
         ]
         kind = f"pickled weights ({files[0].name})"
+    code = "; ".join(more)
+    code = word(code) if set(code) & set('"$`\\!') else f'"{code}"'
     return (
-        f'has only {kind}, which are not read; convert them once: python -c "{"; ".join(more)}",'
-        f" then give model.name={target}"
+        f"has only {kind}, which are not read; convert them once: python -c {code},"
+        f" then give {assignment('model.name', target)}"
     )
-
-
-@cache
-def _reachable(host: str) -> bool:
-    """Whether the hub's host answers soon; its client's own retries would take half a minute."""
-    if any(
-        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    ):
-        return True  # the proxy's to say
-    try:
-        with socket.create_connection((host, 443), timeout=HUB_TIMEOUT):
-            return True
-    except OSError:
-        return False
-
-
-def hub_file(name: str, file: str, revision: str | None = None) -> Path:
-    """A file of a hub id, fetched where the hub has a newer one than its cache; from the cache
-    where it is out of reach.
-
-    Raises:
-        LookupError: the hub, or what is cached of it, has no such file.
-        OSError: neither the hub nor its cache can be asked. Raised soon.
-    """
-    from huggingface_hub import (
-        _CACHED_NO_EXIST,
-        constants,
-        hf_hub_download,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    host = urlsplit(hf_hub_url(name, file)).hostname or ""
-    if not constants.HF_HUB_OFFLINE and _reachable(host):
-        try:
-            return Path(hf_hub_download(name, file, revision=revision, etag_timeout=HUB_TIMEOUT))
-        except LocalEntryNotFoundError:
-            pass  # the connection broke, and it is not in the cache
-        except EntryNotFoundError as error:
-            raise LookupError(f"{name} has no {file}") from error
-    cached = try_to_load_from_cache(name, file, revision=revision)
-    if isinstance(cached, str):
-        return Path(cached)
-    if cached is _CACHED_NO_EXIST:
-        raise LookupError(f"{name} has no {file}")
-    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{host} can't be reached"
-    raise OSError(f"{why}, and {file} is not in the cache")

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from tp_trainer.config.errors import ConfigError
+from tp_trainer.config.quoting import assignment, pasted
 
 SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "text": (".txt",)}
 TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow")  # what the hub source's library reads
@@ -64,11 +65,12 @@ def listed(name: str, source: str) -> Listing:
         found = [each for each in matches if not each.is_dir()]
         ignored = [f"{each}/" for each in matches if each.is_dir()]
         if not found:
+            inside = pasted("data.name", f"{matches[0]}/*") if ignored else ""
             raise ConfigError(
                 "data.name",
                 name,
                 f"no file matches this glob (seen from {os.getcwd()})"
-                + (f"; of the directories that do, give e.g. {matches[0]}/*" if ignored else ""),
+                + (f"; of the directories that do, give e.g. {inside}" if ignored else ""),
             )
     else:
         raise absent(name, f"give a file, a glob or a directory of *{SUFFIXES[source][0]}")
@@ -131,7 +133,8 @@ def deeper(path: Path, *sources: str) -> str | None:
     """The glob to type where a directory's files lie further down."""
     for each in below(path):
         if (source := kind_of(each)) in sources:
-            return f"those below it are read with data.name='{path}/**/*{SUFFIXES[str(source)][0]}'"
+            those = assignment("data.name", f"{path}/**/*{SUFFIXES[str(source)][0]}")
+            return f"those below it are read with {those}"
     return None
 
 

@@ -77,6 +77,10 @@ def _choices(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._=,+-]*"
+NAME_BYTES = 200  # of a derived name; beside it lies <name>.before-<time>, and 255 is the most
+
+
 def derived_name(config: Config) -> str:
     """A name that is the same for the same choices: a readable part and a hash of all that shapes
     the numbers.
@@ -84,12 +88,21 @@ def derived_name(config: Config) -> str:
     digest = hashlib.sha256(
         json.dumps(choices(config), sort_keys=True, default=str).encode()
     ).hexdigest()[:8]
-    data = Path(str(canonical(config.data.name))).stem if config.data.name else config.data.source
-    return re.sub(
-        r"[^A-Za-z0-9._-]+",
-        "-",
-        f"{model_name(config)}-{data}-{config.parallelism.layout}-{digest}",
-    ).lower()
+    data = str(config.data.source)
+    if config.data.name:
+        data = Path(str(canonical(config.data.name))).stem
+    end = f"{config.parallelism.layout}-{digest}"
+    name = _plain(f"{model_name(config)}-{data}-{end}")
+    if re.fullmatch(RUN_NAME, name) and len(name) <= NAME_BYTES:
+        return name
+    most = (NAME_BYTES - len(end) - 2) // 2
+    models = (model_name(config), str(config.model.architecture["model_type"]), "model")
+    model = next(filter(None, (_plain(each).lstrip("._-") for each in models)))
+    return f"{model[:most]}-{_plain(data)[:most]}-{end}"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lower()
 
 
 def is_derived(config: Config) -> bool:

@@ -17,6 +17,7 @@ from tp_trainer.config.errors import ConfigError
 
 NEW, THETA, SCALING, LOCAL = "rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq"
 ROPE = (NEW, THETA, SCALING, LOCAL)
+ORIGINAL = "original_max_position_embeddings"
 GLOBAL_LAYERS, LOCAL_LAYERS = "full_attention", "sliding_attention"
 
 
@@ -59,6 +60,35 @@ def with_rope(fields: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, 
             )
         base.setdefault(LOCAL_LAYERS, {"rope_type": "default"})[THETA] = typed[LOCAL]
     return {**others, NEW: base}
+
+
+def positions(fields: Mapping[str, Any]) -> int:
+    """The positions that a model with these config fields has, its rope's scaling included.
+
+    yarn has factor x `original_max_position_embeddings`, or `max_position_embeddings` where that
+    is more; linear and dynamic have `max_position_embeddings` x factor. For llama3, longrope and
+    all others that field holds as it stands. Where rope goes by layer type, layers with a sliding
+    window don't count: they look no further than it.
+    """
+    stated = int(fields["max_position_embeddings"])
+    given = {key: fields[key] for key in (NEW, SCALING) if isinstance(fields.get(key), Mapping)}
+    rope = _new_form(given | ({LOCAL: fields[LOCAL]} if fields.get(LOCAL) is not None else {}))
+    kinds = {key: each for key, each in rope.items() if isinstance(each, Mapping)}
+    wide = [each for key, each in kinds.items() if key != LOCAL_LAYERS]
+    return min(_scaled(each, stated, fields) for each in wide or [*kinds.values()] or [rope])
+
+
+def _scaled(rope: Mapping[str, Any], stated: int, fields: Mapping[str, Any]) -> int:
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor >= 1:
+        return stated  # none, or refused later
+    if kind in ("linear", "dynamic"):
+        return int(stated * factor)
+    if kind != "yarn":
+        return stated
+    # beside rope, as Phi has it, it wins in transformers
+    original = fields.get(ORIGINAL) or rope.get(ORIGINAL) or stated
+    return max(stated, int(original * factor)) if isinstance(original, int) else stated
 
 
 def _new_form(base: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from typing import Any
 
 from tp_trainer.config.architecture import Architecture, architecture
 from tp_trainer.config.errors import ConfigError
-from tp_trainer.config.identity import check_mismatch_names
+from tp_trainer.config.identity import RUN_NAME, check_mismatch_names
 from tp_trainer.config.resolved import Config
+from tp_trainer.config.rope import positions
 from tp_trainer.config.schema import Optim
 from tp_trainer.config.source import check_data
 
@@ -73,7 +74,7 @@ def check(config: Config) -> None:
     _check_degrees(config, numbers)
     _check_fast_paths(config)
     _check_batch(config)
-    _check_length(config, numbers)
+    _check_length(config)
     optim, train = config.optim, config.train
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError(
@@ -91,9 +92,13 @@ def check(config: Config) -> None:
         )
     check_mismatch_names(config)
     name = config.experiment_name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
+    if not re.fullmatch(RUN_NAME, name):
         raise ConfigError(
             "experiment_name", name, "must be one directory name of letters, digits and . _ - = , +"
+        )
+    if len(name) > 255:
+        raise ConfigError(
+            "experiment_name", name, f"has {len(name)} letters, a directory's name at most 255"
         )
 
 
@@ -169,13 +174,14 @@ def _check_batch(config: Config) -> None:
         check_global_batch(train.global_batch_size, train.micro_batch_size, parallelism.dp)
 
 
-def _check_length(config: Config, numbers: Architecture) -> None:
+def _check_length(config: Config) -> None:
     data, tp = config.data, config.parallelism.tp
-    if data.seq_length > numbers.max_position_embeddings:
+    most = positions(config.model.architecture)
+    if data.seq_length > most:
         raise ConfigError(
             "data.seq_length",
             data.seq_length,
-            f"the model has {numbers.max_position_embeddings} positions; give at most that many",
+            f"the model has {most} positions; give at most that many",
         )
     if data.seq_length % tp:
         lower = data.seq_length // tp * tp

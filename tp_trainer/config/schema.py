@@ -123,7 +123,9 @@ class Data:
         one_of=SOURCES,
     )
     name: str | None = setting(
-        None, "a file, a glob or a directory of JSON lines or text, or a hub id"
+        None,
+        "a file, a glob or a directory of JSON lines or text; a table or a directory of them; or a"
+        " hub id",
     )
     subset: str | None = setting(None, "the hub dataset's configuration")
     revision: str | None = setting(

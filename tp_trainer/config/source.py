@@ -23,6 +23,7 @@ from tp_trainer.config.files import (
     listed,
     typed,
 )
+from tp_trainer.config.quoting import assignment
 from tp_trainer.config.schema import SOURCES, Data
 
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # of datasets' save_to_disk
@@ -58,6 +59,8 @@ def source_of(name: str | None) -> str:
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return _source_of_directory(name, Path(path))
+    if os.path.isfile(path) and kind_of(path) == "table":
+        return "hub"
     if os.path.isfile(path) or glob.has_magic(path):
         return _source_of_files(name, listed(name, "jsonl").files)
     local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or kind_of(name) is not None
@@ -129,10 +132,12 @@ def _unfit(path: Path | str) -> str:
     if kind == "packed":
         return f"{path} is packed; unpack it"
     if kind == "table":
-        folder = os.path.dirname(str(path)) or "."
+        alone = assignment("data.name", path)
+        folder = assignment("data.name", os.path.dirname(str(path)) or ".")
         return (
-            f"{path} is neither JSON lines nor plain text; its directory is read with "
-            f"data.source=hub data.name={folder} data.text_column=<column>"
+            f"{path} is neither JSON lines nor plain text; by itself it is read with "
+            f"data.source=hub {alone}, its directory with data.source=hub {folder} "
+            "data.text_column=<column>"
         )
     return f"the suffix of {path} doesn't say what it is; type {typed('text')} or {typed('jsonl')}"
 
@@ -214,26 +219,32 @@ def _check_words(name: str) -> None:
     found = re.fullmatch(rf"({HUB_ID})([@:])(\S+)", name)
     if found and not os.path.exists(path):
         key = "revision" if found[3] == "@" else "subset"
-        raise ConfigError("data.name", name, f"type data.name={found[1]} data.{key}={found[4]}")
+        part = assignment(f"data.{key}", found[4])
+        raise ConfigError("data.name", name, f"type data.name={found[1]} {part}")
 
 
 def _check_hub(data: Data, name: str) -> None:
     path = os.path.expanduser(name)
-    if os.path.isfile(path) or (kind_of(name) in SUFFIXES and not os.path.isdir(path)):
-        kind = kind_of(name)
+    kind, table = kind_of(name), os.path.isfile(path) and kind_of(name) == "table"
+    if not table and (os.path.isfile(path) or (kind in SUFFIXES and not os.path.isdir(path))):
         hint = f"type {typed(kind)}" if kind in SUFFIXES else _unfit(name)
         raise ConfigError(
             "data.name", name, f"is a file, and data.source=hub reads datasets of the hub; {hint}"
         )
-    if glob.has_magic(name) and not os.path.isdir(path):
+    if glob.has_magic(name) and not (table or os.path.isdir(path)):
         raise ConfigError(
             "data.name",
             name,
             f"is a glob, and data.source=hub reads datasets of the hub; {_right(name)}",
         )
-    if os.path.isdir(path) and data.revision is not None:
+    what = "a file" if table else "a directory"
+    if (table or os.path.isdir(path)) and data.revision is not None:
         raise ConfigError(
-            "data.revision", data.revision, f"{name} is a directory and has none; leave it null"
+            "data.revision", data.revision, f"{name} is {what} and has none; leave it null"
+        )
+    if table and data.subset is not None:
+        raise ConfigError(
+            "data.subset", data.subset, f"{name} is a file and has none; leave it null"
         )
     default = next(
         each.default for each in dataclasses.fields(Data) if each.name == "validation_percentage"

@@ -28,7 +28,9 @@ class Rows:
 
     def __init__(self, directory: str | Path, seq_length: int) -> None:
         self.directory, self.seq_length = Path(directory), seq_length
-        self.meta: dict[str, Any] = json.loads((self.directory / "meta.json").read_text())
+        self.meta: dict[str, Any] = json.loads(
+            (self.directory / "meta.json").read_text(encoding="utf-8")
+        )
         self.tokens = np.memmap(self.directory / "tokens.bin", dtype=self.meta["dtype"], mode="r")
 
     def __len__(self) -> int:

@@ -18,9 +18,10 @@ from typing import Literal
 
 from tp_trainer.assets import TEXT
 from tp_trainer.config import ConfigError, Data
-from tp_trainer.config.files import Listing, holds_json, kind_of, listed, typed
+from tp_trainer.config.files import Listing, absent, holds_json, kind_of, listed, typed
 from tp_trainer.config.source import check_kind
 from tp_trainer.data.hub import HubData, peek
+from tp_trainer.data.tables import is_table
 
 Part = Literal["train", "validation"]
 EMBEDDED_TRAINING_PERCENT = 90
@@ -76,6 +77,8 @@ class Source:
         none."""
         if self.data.source == "embedded":
             return [TEXT]
+        if self.data.source == "hub" and is_table(self.data.name):
+            return [Path(str(self.data.name))]
         if self.data.source == "hub" and os.path.isdir(self.data.name or ""):
             return sorted(path for path in Path(self.data.name or "").rglob("*") if path.is_file())
         return self.listing.files
@@ -271,8 +274,10 @@ def check_source(data: Data) -> None:
     if data.source == "hub":
         name = os.path.expanduser(data.name or "")
         looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1
-        if os.path.isdir(name):
+        if os.path.isdir(name) or is_table(name):
             peek(data)
+        elif kind_of(name) == "table":
+            raise absent(name, "give a file, a directory or a hub id")
         elif looks_local:
             raise ConfigError(
                 "data.name", data.name, "no such directory, and not a hub id (owner/dataset)"
@@ -324,7 +329,7 @@ def absolute(data: Data) -> None:
     """Makes the local paths in `data` absolute, in place: workers have another working directory
     than the driver."""
     local = data.source in ("jsonl", "text") or (
-        data.source == "hub" and os.path.isdir(os.path.expanduser(data.name or ""))
+        data.source == "hub" and os.path.exists(os.path.expanduser(data.name or ""))
     )
     if data.name and local:
         data.name = os.path.abspath(os.path.expanduser(data.name))

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tp_trainer.assets import TOKENIZER, TOKENIZER_SIZE
-from tp_trainer.config import ConfigError, Data, Model
+from tp_trainer.config import ConfigError, Data, Model, hub_file
+from tp_trainer.config.quoting import assignment
 
 WEIGHTS = (".safetensors", ".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".distcp")
 NAMES = ("tokenizer", "vocab", "merges", "tekken", "spiece", "sentencepiece", "source.spm", "bpe")
@@ -78,7 +80,8 @@ def _typed(name: str) -> str:
         raise ConfigError(
             "data.tokenizer",
             name,
-            f"is a file; give its directory: data.tokenizer={os.path.dirname(name) or '.'}",
+            "is a file; give its directory: "
+            + assignment("data.tokenizer", os.path.dirname(name) or "."),
         )
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name.strip():
         raise ConfigError(
@@ -152,16 +155,13 @@ def _content(path: Path) -> str:
 def commit(name: str) -> str | None:
     """The newest commit of a hub id's tokenizer, offline the one that was kept; None where neither
     can be had."""
-    from transformers.utils import cached_file
-    from transformers.utils.hub import extract_commit_hash
-
     for file in ("tokenizer_config.json", "tokenizer.json", "config.json"):
         try:
-            if (path := cached_file(name, file)) is not None:
-                found: str | None = extract_commit_hash(path, None)
-                return found
-        except (OSError, ValueError):  # not there, or no network
+            path = hub_file(name, file)
+        except (OSError, LookupError, ValueError):  # not there, or no network
             continue
+        found = re.search(r"/snapshots/([^/]+)/", path.as_posix())
+        return found[1] if found else None
     return None
 
 

@@ -54,7 +54,7 @@ class _Facts:
 
     @property
     def is_hub(self) -> bool:
-        return self.source == "hub" and not os.path.isdir(self.name or "")
+        return self.source == "hub" and not os.path.exists(self.name or "")
 
 
 def prepare(
@@ -100,7 +100,7 @@ def prepare(
             _publish(scratch, directory)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    largest = json.loads((directory / "meta.json").read_text())["largest_id"]
+    largest = json.loads((directory / "meta.json").read_text(encoding="utf-8"))["largest_id"]
     if (
         largest >= vocab_size
     ):  # on every call: the file may have been made for a model with more entries
@@ -151,7 +151,7 @@ def _tokenise(source: Source, facts: _Facts, trust_remote_code: bool, directory:
         "fingerprint": facts.fingerprint,
         "facts": asdict(facts),
     }
-    (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 def _told(skipped: Skipped) -> str:
@@ -178,7 +178,7 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 def _complete(directory: Path) -> bool:
     """Whether the directory holds as many tokens as it says."""
     try:
-        meta = json.loads((directory / "meta.json").read_text())
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         return (directory / "tokens.bin").stat().st_size == meta["tokens"] * np.dtype(
             meta["dtype"]
         ).itemsize
@@ -237,7 +237,7 @@ def _made_before(cache: Path, facts: _Facts) -> Path | None:
     made = []
     for path in cache.glob("*/meta.json"):
         try:
-            theirs = json.loads(path.read_text()).get("facts") or {}
+            theirs = json.loads(path.read_text(encoding="utf-8")).get("facts") or {}
         except (OSError, ValueError):
             continue
         if _complete(path.parent) and all(

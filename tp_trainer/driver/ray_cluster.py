@@ -302,9 +302,8 @@ def _job(
 
 def environment_of(cluster: Cluster) -> dict[str, str]:
     """What of the environment travels to the workers."""
-    return {
-        key: os.environ[key] for key in ("HF_TOKEN", "HF_HUB_OFFLINE") if key in os.environ
-    } | cluster.env
+    of_the_hub = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT")
+    return {key: os.environ[key] for key in of_the_hub if key in os.environ} | cluster.env
 
 
 class Signals:

@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tp_trainer.config import Config, ConfigError, Model, check, nearest
 from tp_trainer.config.architecture import FROM_FILE, Architecture
+from tp_trainer.config.quoting import assignment
 from tp_trainer.config.rope import NEW, ROPE
 from tp_trainer.config.towers import WRAPPERS
 from tp_trainer.models.families import Family, family_of
@@ -167,7 +168,7 @@ def _uncertified(model: Model) -> str | None:
     if is_certified(model):
         return None
     model_type = model.architecture["model_type"]
-    named = f"model.name={model.name}" if model.name else "the same model"
+    named = assignment("model.name", model.name) if model.name else "the same model"
     return (
         f"model: {model_type} is not certified: nothing in its config goes unhonoured, but its"
         f" numbers were never held against transformers' own; run task=verify {named} first"

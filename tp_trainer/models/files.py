@@ -122,7 +122,7 @@ def weight_files(model: Model) -> list[Path]:
 
 def _shards(index: Path, get: Callable[[str], Path | None], name: str) -> list[Path]:
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         assert files and all(isinstance(file, str) for file in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ConfigError(

@@ -235,7 +235,7 @@ def writable(path: str) -> str:
         else:
             there = Path(where).exists()
             Path(where).parent.mkdir(parents=True, exist_ok=True)
-            with open(where, "a"):
+            with open(where, "a", encoding="utf-8"):
                 pass
             if not there:
                 Path(where).unlink()
@@ -252,7 +252,7 @@ def append(output: str, row: BenchLine) -> None:
     """One line more; an object store takes the file as a whole."""
     line = json.dumps(row) + "\n"
     if "://" not in output:
-        with open(output, "a") as file:
+        with open(output, "a", encoding="utf-8") as file:
             file.write(line)
         return
     directory, _, name = output.rpartition("/")
@@ -313,10 +313,11 @@ def _process_began() -> float:
     """
     now = time.time()
     if not _began_before and (stat := Path("/proc/self/stat")).exists():
-        ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+        ticks = int(stat.read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         now -= max(
             0.0,
-            float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"),
+            float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+            - ticks / os.sysconf("SC_CLK_TCK"),
         )
     _began_before.append(True)
     return now

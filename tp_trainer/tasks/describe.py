@@ -142,7 +142,7 @@ def _bring_code(config: Path, source: str) -> None:
     Args:
         source: a directory or hub id.
     """
-    content = json.loads(config.read_text())
+    content = json.loads(config.read_text(encoding="utf-8"))
     if not (classes := content.get("auto_map")):
         return
     names = [
@@ -159,7 +159,7 @@ def _bring_code(config: Path, source: str) -> None:
         missing = [file for file in missing if not (config.parent / file).is_file()]
     if missing:
         del content["auto_map"]
-        config.write_text(json.dumps(content, indent=2) + "\n")
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _code_directory(source: str) -> Path:

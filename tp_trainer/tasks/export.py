@@ -271,7 +271,8 @@ def _index(files: list[File], path: Path) -> None:
     }
     path.write_text(
         json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
-        + "\n"
+        + "\n",
+        encoding="utf-8",
     )
 
 

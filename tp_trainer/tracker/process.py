@@ -31,7 +31,10 @@ def main() -> None:
     """Serve until `close`, the first error, or the driver's end."""
     # Ctrl-C is for the driver, which has a summary to send yet
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    requests, answers = (
+        os.fdopen(os.dup(0), encoding="utf-8"),
+        os.fdopen(os.dup(1), "w", encoding="utf-8"),
+    )
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     inbox: queue.SimpleQueue[Request] = queue.SimpleQueue()

@@ -103,5 +103,5 @@ def _works(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 def _boot_id() -> str:
     """The same for all processes of a machine, and for no others."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
+    with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
         return file.read()
