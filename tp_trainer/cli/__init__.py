@@ -20,6 +20,7 @@ from tp_trainer.cli.composition import compose
 from tp_trainer.cli.jobs import DONE, FAILED, INTERRUPTED, REFUSED, app, complain, report_sweep
 from tp_trainer.cli.saved import choose_groups
 from tp_trainer.config import ConfigError
+from tp_trainer.launchers import forget, refuse
 from tp_trainer.tasks import help_lines
 
 
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     version.setbase("1.3")
     try:
+        refuse()
+        forget()
         code = _main(list(sys.argv[1:] if argv is None else argv))
     except ConfigError as error:
         complain(error)

@@ -7,6 +7,7 @@ keys. The groups that it fills are narrower types there (resolved.py).
 """
 
 from tp_trainer.config.architecture import Architecture, architecture, hub_file
+from tp_trainer.config.dotted import DIRECTORY, imported
 from tp_trainer.config.errors import (
     ConfigError,
     OutOfMemory,
@@ -46,6 +47,7 @@ from tp_trainer.config.surroundings import Checkpoint, Cluster, Tracker
 
 __all__ = [
     "COMMAND",
+    "DIRECTORY",
     "FAMILIES",
     "HYDRA",
     "RUN_LENGTH",
@@ -76,6 +78,7 @@ __all__ = [
     "check_schedule_length",
     "derived_name",
     "hub_file",
+    "imported",
     "known_keys",
     "lasting",
     "load",
