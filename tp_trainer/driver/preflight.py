@@ -227,7 +227,8 @@ def begun_from(store: Store) -> str | None:
     """The checkpoint that this run was begun from, or what else `checkpoint.resume` was then."""
     with suppress(ValueError):
         stored = store.read_yaml("config.yaml") or {}
-        return str((stored.get("checkpoint") or {}).get("resume")).rstrip("/")
+        resume = (stored.get("checkpoint") or {}).get("resume")
+        return str(resume).rstrip("/") if resume else None
     return None
 
 
