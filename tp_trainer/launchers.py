@@ -1,10 +1,12 @@
-"""Launchers that start a script once for each rank, and what they leave in the environment."""
+"""Launchers that start a script once for each rank, and what they leave in the environment; what
+processes that are started from here find on their path.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tp_trainer.config import ConfigError
@@ -31,6 +33,20 @@ def forget() -> None:
     wait for ranks that nobody has started."""
     for name in [each for each in os.environ if each in VARIABLES or each.startswith(PREFIX)]:
         del os.environ[name]
+
+
+@contextmanager
+def safe_path() -> Iterator[None]:
+    """For the Pythons that are started meanwhile, a sweep's or Ray's, and theirs: those that
+    multiprocessing and joblib start with -c or -m would have the working directory first.
+    """
+    given = "PYTHONSAFEPATH" in os.environ
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    try:
+        yield
+    finally:
+        if not given:
+            os.environ.pop("PYTHONSAFEPATH", None)
 
 
 def refuse() -> None:

@@ -20,7 +20,7 @@ from tp_trainer.cli.composition import compose
 from tp_trainer.cli.jobs import DONE, FAILED, INTERRUPTED, REFUSED, app, complain, report_sweep
 from tp_trainer.cli.saved import choose_groups
 from tp_trainer.config import ConfigError
-from tp_trainer.launchers import forget, refuse
+from tp_trainer.launchers import forget, refuse, safe_path
 from tp_trainer.tasks import help_lines
 
 
@@ -60,13 +60,14 @@ def _main(argv: list[str]) -> int:
         print(help_lines(), end="\n\n")
     all_done = True
     try:
-        _run_hydra(
-            args=args,
-            args_parser=parser,
-            task_function=app,
-            config_path=directory,
-            config_name=name,
-        )
+        with safe_path():
+            _run_hydra(
+                args=args,
+                args_parser=parser,
+                task_function=app,
+                config_path=directory,
+                config_name=name,
+            )
     finally:  # a sweep that is stopped half-way has its table too
         if sweep_dir is not None:
             all_done = report_sweep(sweep_dir, jobs)
