@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 
 import pytest
@@ -98,3 +100,40 @@ def test_what_is_started_does_not_hear_notices() -> None:
         seen = subprocess.run(command, capture_output=True, text=True).stdout
     assert all(each.name in seen for each in (SIGHUP, SIGUSR1, SIGUSR2)), seen
     assert SIGTERM.name not in seen and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+CLOSED = """
+import signal, sys, time
+from tp_trainer.driver.signals import Signals
+from tp_trainer.terminal import outlive
+if sys.argv[2] == "not told":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+if sys.argv[2] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+outlive()
+signals = Signals()
+signals.patient = lambda: True
+with signals.heard():
+    print("ready", flush=True)
+    for _ in range(20):
+        time.sleep(0.05)
+        print("a line", file=sys.stderr)
+        print("a line", flush=True)
+        signals.look()
+open(sys.argv[1], "w").write(str(signals.asked))
+"""
+
+
+@pytest.mark.parametrize(("how", "asked"), [("told", "1"), ("not told", "1"), ("nohup", "None")])
+def test_a_terminal_that_is_closed(how: str, asked: str, tmp_path: Path) -> None:
+    """Printing to it fails from then on."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", CLOSED, str(tmp_path / "asked"), how])
+    seen = b""
+    while b"ready" not in seen:
+        seen += os.read(terminal, 1000)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert (tmp_path / "asked").read_text() == asked

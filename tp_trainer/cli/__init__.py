@@ -22,6 +22,7 @@ from tp_trainer.cli.saved import choose_groups
 from tp_trainer.config import ConfigError
 from tp_trainer.launchers import forget, refuse, safe_path
 from tp_trainer.tasks import help_lines
+from tp_trainer.terminal import outlive
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         refuse()
         forget()
+        outlive()
         code = _main(list(sys.argv[1:] if argv is None else argv))
     except ConfigError as error:
         complain(error)

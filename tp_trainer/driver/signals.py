@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from tp_trainer.terminal import hung_up
+
 # A closed terminal's, and what batch systems send ahead of time (Slurm's --signal): more than one
 # may come of one cause, and SIGTERM follows.
 NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -38,6 +40,12 @@ class Signals:
             self.asked = signum
         elif fresh or again:
             self.end(signum)
+
+    def look(self) -> None:
+        """A terminal that was closed, and of which no signal has told, as a SIGHUP."""
+        heard = signal.getsignal(signal.SIGHUP) is self
+        if heard and self.asked is None and hung_up():
+            self(signal.SIGHUP, None)
 
     def end(self, signum: int) -> NoReturn:
         if signum == signal.SIGINT:

@@ -282,6 +282,7 @@ class Stopping:
         signals.patient = lambda: monitor.training  # before that there is nothing to save
 
     def watch(self, group: Group) -> None:
+        self.signals.look()
         if self.signals.asked is None:
             return
         if self.since is None:
