@@ -99,14 +99,16 @@ def test_torchrun_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("beside", "found", "expected"),
+    ("own", "beside", "found", "expected"),
     [
-        (False, True, ["/scripts"]),  # installed
-        (True, True, ["/scripts", tp_trainer.ROOT]),  # beside launch.py
-        (False, False, ["/scripts", tp_trainer.ROOT]),  # by way of the working directory
+        (True, False, True, ["/scripts"]),  # installed
+        (True, True, True, ["/scripts", tp_trainer.ROOT]),  # beside launch.py
+        (True, False, False, ["/scripts", tp_trainer.ROOT]),  # by way of the working directory
+        (False, False, True, ["/scripts", tp_trainer.ROOT]),  # where the nodes may not have it
     ],
 )
 def test_workers_do_not_get_the_working_directory(
+    own: bool,
     beside: bool,
     found: bool,
     expected: list[str],
@@ -118,7 +120,7 @@ def test_workers_do_not_get_the_working_directory(
     others = [each for each in sys.path if os.path.realpath(each) != tp_trainer.ROOT]
     monkeypatch.setattr(sys, "path", others + [tp_trainer.ROOT] * found)
     given = ["/scripts", str(tmp_path), tp_trainer.ROOT]
-    assert path.worker_paths(given) == expected
+    assert path.worker_paths(given, own) == expected
 
 
 def test_a_ray_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,10 +104,10 @@ def test_what_is_started_does_not_hear_notices() -> None:
 
 CLOSED = """
 import signal, sys, time
+if sys.argv[2] == "not told":  # before libraries start threads
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 from tp_trainer.driver.signals import Signals
 from tp_trainer.terminal import outlive
-if sys.argv[2] == "not told":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 if sys.argv[2] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 outlive()

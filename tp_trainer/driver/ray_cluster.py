@@ -130,7 +130,7 @@ def connected(
                     address="local",
                     num_cpus=cores,
                     include_dashboard=False,
-                    job_config=job_config(),
+                    job_config=job_config(own=True),
                     **options,
                 )
                 _owns_ray.append(True)
@@ -155,7 +155,7 @@ def _join(address: str | None, options: dict[str, Any]) -> None:
     if not inside_ray_job():
         options["runtime_env"] = {"py_modules": [str(Path(tp_trainer.__file__).parent)]}
     if "://" not in (address or ""):  # Ray's client puts nothing of this machine on the path
-        options["job_config"] = job_config()
+        options["job_config"] = job_config(own=False)
     try:
         ray.init(address=address or "auto", **options)
     except ConnectionError as error:
