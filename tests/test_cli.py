@@ -981,6 +981,7 @@ def test_what_comes_from_the_environment_stays_out_of_reports(
 
 def test_another_launcher_in_other_processes(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (tmp_path / "random.py").write_text("raise RuntimeError('shadowed')\n")
     command = [
         sys.executable,
         str(ROOT / "launch.py"),

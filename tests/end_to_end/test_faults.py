@@ -115,8 +115,13 @@ def test_a_step_that_always_crashes(launcher: Launcher) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.matrix)],
-    ids=["SIGTERM", "Ctrl-C"],
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.matrix),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.matrix),
+        pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.matrix),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "SIGHUP", "SIGUSR1"],
 )
 def test_a_driver_that_is_told_to_stop(
     number: signal.Signals, code: int, launcher: Launcher, clean: dict[int, dict[str, Any]]
@@ -124,8 +129,8 @@ def test_a_driver_that_is_told_to_stop(
     """It saves within one step, and the same command goes on from there."""
     running, run = started(launcher, 5, slow=0.5)
     done = max(steps_of(run))
-    # a terminal sends it to Ray's servers too
-    (os.killpg if number == signal.SIGINT else os.kill)(running.pid, number)
+    # a terminal or Slurm sends it to Ray's servers too
+    (os.kill if number == signal.SIGTERM else os.killpg)(running.pid, number)
     ended = running.wait()
     assert ended.code == code and ended.err == "", ended
     assert "stopping: saving, again to end at once" in ended.out
@@ -154,6 +159,22 @@ def test_a_second_signal_ends_it_at_once(launcher: Launcher) -> None:
     assert ended.code == 130, ended
     launcher.until(lambda: not launcher.processes())
     assert not (run / "summary.json").exists()
+
+
+@pytest.mark.matrix
+def test_a_sigterm_after_a_notice_is_no_second_signal(launcher: Launcher) -> None:
+    """As from Slurm, whose time limit follows its --signal."""
+    running, run = started(launcher, 1, slow=4)
+    os.killpg(running.pid, signal.SIGUSR1)
+    launcher.until(lambda: "stopping" in Path(f"/proc/{running.pid}/fd/1").read_text(), running)
+    os.kill(running.pid, signal.SIGTERM)
+    ended = running.wait()
+    assert ended.code == 138 and ended.err == "", ended
+    summary = summary_of(run)
+    assert summary["status"] == "stopped" and summary["checkpoint"] == str(
+        run / f"step_{summary['steps']:08d}"
+    )
+    launcher.until(lambda: not launcher.processes())
 
 
 @pytest.mark.matrix

@@ -688,6 +688,56 @@ def test_the_command_of_a_pinned_start_goes_on(launch: Call, tmp_path: Path) -> 
     assert launch("experiment_name=b", f"checkpoint.resume={pinned}").code == WENT_ON
 
 
+def test_a_run_stays_begun_from_where_it_was(tmp_path: Path) -> None:
+    """Whatever `checkpoint.resume` was in between; its own checkpoints begin nothing."""
+    first = str(tmp_path / "a" / "step_00000004")
+    config = load(
+        {
+            "experiment_name": "b",
+            "model": {"architecture": TINY},
+            "checkpoint": {"storage_path": str(tmp_path), "resume": first},
+        }
+    )
+    store = Store(config.run_dir)
+
+    def start(resume: str) -> str | None:
+        config.checkpoint.resume = resume
+        config.checkpoint.resume = preflight.to_record(config, store)
+        store.write_text("config.yaml", to_yaml(config))
+        return preflight.begun_from(store)
+
+    assert start(first + "/") == first
+    own = fake_checkpoint(tmp_path / "b", 6)
+    assert [start(each) for each in ("auto", str(own), first)] == [first] * 3
+    store.remove("config.yaml")
+    assert start("auto") == "auto" and start(str(own)) == "auto"
+    shutil.rmtree(own)
+    assert start(first) == first
+
+
+def test_an_own_older_checkpoint_of_a_pinned_start(launch: Call, tmp_path: Path) -> None:
+    pinned = started_run(tmp_path)
+    for step in (6, 8):
+        own = fake_checkpoint(tmp_path / "outputs" / "b", step)
+    text = (pinned.parent / "config.yaml").read_text()
+    (own.parent / "config.yaml").write_text(text.replace("resume: auto", f"resume: {pinned}"))
+    refused(
+        launch("experiment_name=b", f"checkpoint.resume={own.parent}/step_00000006"),
+        "b has gone on to step 8; give another",
+    )
+    another = fake_checkpoint(pinned.parent, 5)
+    refused(
+        launch("experiment_name=b", f"checkpoint.resume={another}"),
+        "b holds another run's step_00000008",
+    )
+    for each in own.parent.glob("step_*"):
+        (each / "state.json").write_text("{}")
+    refused(
+        launch("experiment_name=b", f"checkpoint.resume={pinned}"),
+        "holds checkpoints, and none of them counts: step_00000008 (damaged",
+    )
+
+
 def test_a_finished_run_of_other_choices(launch: Call, tmp_path: Path) -> None:
     """Its checkpoints have been removed; what it was stands in its config."""
     made = started_run(tmp_path)

@@ -40,7 +40,9 @@ def test_a_worker_that_dies_is_named(launcher: Launcher) -> None:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
+    ids=["SIGTERM", "Ctrl-C", "SIGHUP"],
 )
 def test_a_signal_while_it_starts(number: signal.Signals, code: int, launcher: Launcher) -> None:
     """Ray is there, the workers aren't yet."""
@@ -48,7 +50,7 @@ def test_a_signal_while_it_starts(number: signal.Signals, code: int, launcher: L
     launcher.until(
         lambda: any("raylet" in title for title in launcher.processes().values()), running=running
     )
-    (os.killpg if number == signal.SIGINT else os.kill)(running.pid, number)
+    (os.kill if number == signal.SIGTERM else os.killpg)(running.pid, number)
     ended = running.wait()
     assert ended.code == code and "Traceback" not in ended.out + ended.err, ended
     assert "stopped\n  steps" in ended.out and "launch.py" in ended.out.split("go on with")[1], (

@@ -315,7 +315,7 @@ def test_a_checkpoint_that_only_reading_shows_to_be_damaged(
 @pytest.mark.matrix
 def test_a_pinned_checkpoint_begins_another_run(reference: Reference, launcher: Launcher) -> None:
     pinned = reference.run / "step_00000008"
-    ended = launcher.run(
+    overrides = (
         "parallelism=tp2_dp1",
         "train.global_batch_size=8",
         f"checkpoint.resume={pinned}",
@@ -323,6 +323,7 @@ def test_a_pinned_checkpoint_begins_another_run(reference: Reference, launcher: 
         *reference.overrides,
         "tracker=none",
     )
+    ended = launcher.run(*overrides)
     assert ended.code == 0 and ended.err == "", ended
     run = the_run(launcher.storage)
     assert run.name == "branch" and summary_of(run)["resumed_from"] == 8
@@ -335,6 +336,12 @@ def test_a_pinned_checkpoint_begins_another_run(reference: Reference, launcher: 
         "step_00000008",
         "step_00000012",
     ], "left alone"
+    for steps in (14, 16):  # requeued, twice
+        ended = launcher.run(*overrides, f"train.max_steps={steps}")
+        assert ended.code == 0 and ended.err == "", ended
+        line = "this run was started from it, and goes on from its own step"
+        assert f"{line} {steps - 2}" in ended.out, ended
+        assert summary_of(run)["resumed_from"] == steps - 2
 
 
 @pytest.mark.matrix

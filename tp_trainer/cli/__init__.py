@@ -23,7 +23,9 @@ from tp_trainer.cli.saved import choose_groups
 from tp_trainer.cli.text import keep_text
 from tp_trainer.config import ConfigError
 from tp_trainer.config.quoting import hydra_text
+from tp_trainer.launchers import forget, refuse, safe_path
 from tp_trainer.tasks import help_lines
+from tp_trainer.terminal import outlive
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave_ascii()
     version.setbase("1.3")
     try:
+        refuse()
+        forget()
+        outlive()
         code = _main(list(sys.argv[1:] if argv is None else argv))
     except ConfigError as error:
         complain(error)
@@ -62,13 +67,14 @@ def _main(argv: list[str]) -> int:
         print(help_lines(), end="\n\n")
     all_done = True
     try:
-        _run_hydra(
-            args=args,
-            args_parser=parser,
-            task_function=app,
-            config_path=directory,
-            config_name=name,
-        )
+        with safe_path():
+            _run_hydra(
+                args=args,
+                args_parser=parser,
+                task_function=app,
+                config_path=directory,
+                config_name=name,
+            )
     finally:  # a sweep that is stopped half-way has its table too
         if sweep_dir is not None:
             all_done = report_sweep(sweep_dir, jobs)

@@ -7,6 +7,7 @@ keys. The groups that it fills are narrower types there (resolved.py).
 """
 
 from tp_trainer.config.architecture import Architecture, architecture
+from tp_trainer.config.dotted import DIRECTORY, imported
 from tp_trainer.config.errors import (
     ConfigError,
     OutOfMemory,
@@ -55,6 +56,7 @@ from tp_trainer.config.surroundings import Checkpoint, Cluster, Tracker
 
 __all__ = [
     "COMMAND",
+    "DIRECTORY",
     "FAMILIES",
     "HYDRA",
     "RUN_LENGTH",
@@ -85,6 +87,7 @@ __all__ = [
     "check_schedule_length",
     "derived_name",
     "hub_file",
+    "imported",
     "is_derived",
     "known_keys",
     "lasting",

@@ -107,7 +107,7 @@ def resolve(settings: Settings) -> Config:
         lr = recipe.lr or (1e-5 if model.weights == "pretrained" else 3e-4)
     storage_path, resume = _absolute(checkpoint.storage_path), checkpoint.resume
     if resume not in ("auto", "never"):
-        resume = _absolute(resume)
+        resume = _absolute(resume).rstrip("/")
     workers = cluster.num_workers or settings.parallelism.world_size
     config = Config(
         **_but(settings, "experiment_name", "model", "data", "optim", "cluster", "checkpoint"),

@@ -169,8 +169,11 @@ def _resumed(config: Config, store: Store) -> tuple[VerifiedCheckpoint | None, s
     if resume == "never":
         return None, None
     if resume != "auto":
-        newest = store.newest()[0]
-        if newest is None or _started_from(store) != resume:
+        newest, passed_over = store.newest()
+        begun = begun_from(store) == resume
+        if begun and newest is None:
+            check_some_count(store, resume, passed_over)
+        if not begun or newest is None:
             return _pinned(config, store, newest)
         config.checkpoint.resume = "auto"
         notice = (
@@ -221,12 +224,22 @@ def _pinned(
     return found, None if stored is not None else _unknown(found.store)
 
 
-def _started_from(store: Store) -> str | None:
-    """What `checkpoint.resume` named when this run was started."""
+def begun_from(store: Store) -> str | None:
+    """The checkpoint that this run was begun from, or what else `checkpoint.resume` was then."""
     with suppress(ValueError):
         stored = store.read_yaml("config.yaml") or {}
-        return str((stored.get("checkpoint") or {}).get("resume"))
+        resume = (stored.get("checkpoint") or {}).get("resume")
+        return str(resume).rstrip("/") if resume else None
     return None
+
+
+def to_record(config: Config, store: Store) -> str:
+    """What config.yaml is to have as `checkpoint.resume`: a run that goes on stays one that was
+    begun from where it was.
+    """
+    resume = config.checkpoint.resume
+    goes_on = resume != "never" and store.newest()[0] is not None
+    return (begun_from(store) or "auto") if goes_on else resume
 
 
 def _stored(config: Config, store: Store) -> Mapping[str, Any] | None:

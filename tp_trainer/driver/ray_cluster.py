@@ -7,9 +7,7 @@ import importlib
 import logging
 import math
 import os
-import signal
 import socket
-import sys
 import textwrap
 import threading
 import time
@@ -18,14 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 import tp_trainer
 from tp_trainer.checkpoint.owner import Owner
 from tp_trainer.checkpoint.store import Store, launch_file
-from tp_trainer.config import SWEEP_WORKERS, Cluster, Config, ConfigError
+from tp_trainer.config import DIRECTORY, SWEEP_WORKERS, Cluster, Config, ConfigError
 from tp_trainer.driver.errors import RunFailed
+from tp_trainer.driver.path import job_config
+from tp_trainer.driver.signals import Signals, notices_blocked
 
 ANSWER_SECONDS = 5  # until a cluster's address counts as dead
 
@@ -112,6 +112,8 @@ def connected(
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # a process for each core, and Train takes none of them
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        # under `uv run` it would pack the working directory: workers have this environment anyway
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -123,23 +125,17 @@ def connected(
         if cluster.kind == "local" and not inside_ray_job():
             cores = max(os.cpu_count() or 1, math.ceil(needed))
             # it takes torch and transformers; Ray's own processes start in that time
-            with _meanwhile(check):
-                ray.init(address="local", num_cpus=cores, include_dashboard=False, **options)
+            with _meanwhile(check), notices_blocked():
+                ray.init(
+                    address="local",
+                    num_cpus=cores,
+                    include_dashboard=False,
+                    job_config=job_config(own=True),
+                    **options,
+                )
                 _owns_ray.append(True)
         else:
-            _check_answers(cluster.address)
-            package = str(Path(tp_trainer.__file__).parent)
-            runtime = {} if inside_ray_job() else {"runtime_env": {"py_modules": [package]}}
-            try:
-                ray.init(address=cluster.address or "auto", **runtime, **options)
-            except ConnectionError as error:
-                reason = f"no Ray cluster answers there ({str(error).splitlines()[0]})"
-                if "AuthenticationError" in str(error.__cause__):
-                    reason = (
-                        "wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless it lies"
-                        " in ~/.ray/auth_token"
-                    )
-                raise ConfigError("cluster.address", cluster.address or "auto", reason) from error
+            _join(cluster.address, options)
             check()  # last: it takes seconds, and whether a cluster answers none
     else:
         check()
@@ -149,6 +145,36 @@ def connected(
     except (KeyboardInterrupt, SystemExit):
         ray.shutdown()  # takes the workers with it
         raise
+
+
+def _join(address: str | None, options: dict[str, Any]) -> None:
+    """Connect to a running cluster, or the one of this Ray job. Raises ConfigError."""
+    import ray
+
+    _check_answers(address)
+    if not inside_ray_job():
+        options["runtime_env"] = {"py_modules": [str(Path(tp_trainer.__file__).parent)]}
+    if "://" not in (address or ""):  # Ray's client puts nothing of this machine on the path
+        options["job_config"] = job_config(own=False)
+    try:
+        ray.init(address=address or "auto", **options)
+    except ConnectionError as error:
+        reason = f"no Ray cluster answers there ({str(error).splitlines()[0]})"
+        if "AuthenticationError" in str(error.__cause__):
+            reason = (
+                "wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless it lies"
+                " in ~/.ray/auth_token"
+            )
+        raise ConfigError("cluster.address", address or "auto", reason) from error
+    except RuntimeError as error:
+        if "is not in the working_dir" not in str(error):
+            raise
+        reason = (
+            "under `uv run` Ray sends the working directory to the cluster, and pyproject.toml lies"
+            " above it; go to that directory, or set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 where the"
+            " nodes have an environment of their own"
+        )
+        raise ConfigError("cluster.address", address or "auto", reason) from error
 
 
 @contextmanager
@@ -301,48 +327,7 @@ def _job(
 
 
 def environment_of(cluster: Cluster) -> dict[str, str]:
-    """What of the environment travels to the workers."""
+    """What of the environment travels to the workers, and where the command was given."""
     of_the_hub = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT")
-    return {key: os.environ[key] for key in of_the_hub if key in os.environ} | cluster.env
-
-
-class Signals:
-    """SIGTERM and Ctrl-C at this process, in its main thread (they can be caught nowhere else).
-
-    A signal ends the program at once, by SystemExit(143) or KeyboardInterrupt, unless `patient()`
-    holds: then the first one is only noted, for whoever looks at `asked`.
-    """
-
-    def __init__(self) -> None:
-        self.asked: int | None = None
-        self.patient: Callable[[], bool] = lambda: False
-
-    def __call__(self, signum: int, frame: object) -> None:
-        if self.asked is None and self.patient():
-            self.asked = signum
-        else:
-            self.end(signum)
-
-    def end(self, signum: int) -> NoReturn:
-        if signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + signum)
-
-    @contextmanager
-    def heard(self) -> Iterator[None]:
-        """While Ray starts it has a handler of its own, which exits with 15 or 1: this is wanted
-        again after that.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        except SystemExit as end:
-            if end.code == signal.SIGTERM:
-                raise SystemExit(128 + signal.SIGTERM) from None
-            raise
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    sent = {key: os.environ[key] for key in of_the_hub if key in os.environ}
+    return sent | {DIRECTORY: os.getcwd()} | cluster.env

@@ -7,6 +7,7 @@ from typing import Any
 
 from tp_trainer.config import Config, plain
 from tp_trainer.driver.ray_cluster import environment_of, owns_ray
+from tp_trainer.launchers import forget
 from tp_trainer.messages import Start
 from tp_trainer.watch import hear_sigterm
 
@@ -87,12 +88,17 @@ def _trainer_class(own: bool) -> Any:
 
 def _torch_config(backend: str) -> Any:
     """Ray Train's, but for workers that hear SIGTERM: a handler can only be set on their main
-    thread, where training isn't.
+    thread, where training isn't. And that go by no launcher's variables, which a cluster's nodes
+    may have been started with.
     """
     from ray.train.torch import TorchConfig
     from ray.train.torch.config import _TorchBackend
 
     class Backend(_TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(forget)
+            super().on_start(worker_group, backend_config)
+
         def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
             super().on_training_start(worker_group, backend_config)
             worker_group.execute(hear_sigterm)

@@ -13,8 +13,9 @@ from tp_trainer.config import RUN_LENGTH, Config, ConfigError, to_yaml
 from tp_trainer.driver.ending import Ending
 from tp_trainer.driver.errors import RunFailed, failure, is_permanent, ran_out, reason
 from tp_trainer.driver.monitor import RunMonitor
-from tp_trainer.driver.preflight import finished, prepare, set_aside
-from tp_trainer.driver.ray_cluster import Signals, check_capacity, environment_of, started
+from tp_trainer.driver.preflight import finished, prepare, set_aside, to_record
+from tp_trainer.driver.ray_cluster import check_capacity, environment_of, started
+from tp_trainer.driver.signals import Signals
 from tp_trainer.driver.workers import LEANER, Group, fit
 from tp_trainer.messages import Start, TrainingResult
 from tp_trainer.summary import Summary
@@ -29,9 +30,9 @@ def train(config: Config) -> Summary:
     Raises:
         ConfigError: refused before the first step.
         RunFailed: the workers failed more often than `cluster.max_failures`.
-        KeyboardInterrupt, SystemExit(143): stopped by Ctrl-C or SIGTERM.
+        KeyboardInterrupt, SystemExit: stopped by Ctrl-C or another signal.
     """
-    began, asked = time.time(), config.checkpoint.resume
+    began = time.time()
     config, tokenizer, notice, store = prepare(config)
     view = View()
     if (done := finished(config, store)) is not None:
@@ -55,7 +56,8 @@ def train(config: Config) -> Summary:
     with started(config, store, before, view.say, ending.interrupted) as owner:
         tracker = Outside(config, environment_of(config.cluster), view.say)
         try:
-            text = to_yaml(replace(config, checkpoint=replace(config.checkpoint, resume=asked)))
+            begun = replace(config.checkpoint, resume=to_record(config, store))
+            text = to_yaml(replace(config, checkpoint=begun))
             summary = _fit(tokenizer, owner, tracker, ending, text)
         finally:
             tracker.leave()
@@ -280,6 +282,7 @@ class Stopping:
         signals.patient = lambda: monitor.training  # before that there is nothing to save
 
     def watch(self, group: Group) -> None:
+        self.signals.look()
         if self.signals.asked is None:
             return
         if self.since is None:

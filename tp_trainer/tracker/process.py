@@ -29,8 +29,9 @@ ORPHAN_SECONDS = 10.0  # that a tracker whose driver is gone may take to close
 
 def main() -> None:
     """Serve until `close`, the first error, or the driver's end."""
-    # Ctrl-C is for the driver, which has a summary to send yet
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C is for the driver, which has a summary to send yet; so is what a batch system sends
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     requests, answers = (
         os.fdopen(os.dup(0), encoding="utf-8"),
         os.fdopen(os.dup(1), "w", encoding="utf-8"),

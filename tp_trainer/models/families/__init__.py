@@ -6,9 +6,7 @@ is none.
 
 from __future__ import annotations
 
-import importlib
-
-from tp_trainer.config import ConfigError, Model
+from tp_trainer.config import ConfigError, Model, imported
 from tp_trainer.models.families import (
     cohere,
     gemma,
@@ -62,13 +60,14 @@ def _imported(reference: str) -> object:
     if not module or not name:
         raise ConfigError("model.family", reference, "must be package.module:name")
     try:
-        return getattr(importlib.import_module(module), name)
+        return imported(reference)
     except Exception as error:  # whatever importing a user's module raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(
             "model.family",
             reference,
-            f"can't be imported ({reason}); its directory must be on PYTHONPATH on every node",
+            f"can't be imported ({reason}); it must lie in the working directory or on PYTHONPATH,"
+            " on every node",
         ) from error
 
 
