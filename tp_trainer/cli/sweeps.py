@@ -100,7 +100,7 @@ def check_earlier_jobs(job: dict[str, Any], sweep_dir: Path, config: Config) -> 
         return
     for path in sweep_dir.glob("**/job.json"):
         with suppress(ValueError, OSError):  # one that is written right now
-            other = json.loads(path.read_text())
+            other = json.loads(path.read_text(encoding="utf-8"))
             if (
                 other["number"] != job["number"]
                 and other["run_dir"] == config.run_dir
