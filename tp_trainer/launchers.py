@@ -87,5 +87,5 @@ def _ancestors() -> Iterator[list[str]]:
         while pid > 0:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
             yield command.rstrip("\0").split("\0")
-            stat = Path(f"/proc/{pid}/stat").read_text()
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
             pid = int(stat.rpartition(")")[2].split()[1])
