@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from hydra import compose, initialize_config_dir
 from launching import Ended, Launcher
 from omegaconf import OmegaConf
@@ -820,6 +821,7 @@ def test_a_cluster_that_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
         ) from RuntimeError(cause)
 
     monkeypatch.setattr("ray.init", init)
+    ray.shutdown()  # that of other tests
     config = load({"cluster": {"kind": "ray"}, "model": {"name": None, "architecture": TINY}})
     with (
         pytest.raises(ConfigError, match="address=auto: wants a token: set RAY_AUTH_MODE"),
@@ -831,6 +833,7 @@ def test_a_cluster_that_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_cluster_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever runs on this machine."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.shutdown()
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(lambda: set[str]()))
     config = load({"cluster": {"kind": "ray"}, "model": {"name": None, "architecture": TINY}})
     with (
