@@ -126,3 +126,11 @@ class Rotation:
             terminalreporter.section(f"{len(self.unsteady)} unsteady, {UNSTEADY} are too many")
         for name, text in self.unsteady.items():
             write(f"{name}\n{text}\n")
+
+
+@pytest.fixture
+def without_ray() -> None:
+    """No Ray of other tests in this process."""
+    import ray
+
+    ray.shutdown()

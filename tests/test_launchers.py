@@ -123,6 +123,7 @@ def test_workers_do_not_get_the_working_directory(
     assert path.worker_paths(given, own) == expected
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_ray_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told what its workers' path is, and packs nothing for them under uv."""
     given: dict[str, Any] = {}
@@ -138,6 +139,7 @@ def test_a_ray_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert sent[0] == "/scripts" and str(tmp_path) not in sent
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_cluster_under_uv(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray sends the working directory there, and wants the project in it; what it raises was seen
     in 2.60."""

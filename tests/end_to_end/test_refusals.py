@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from hydra import compose, initialize_config_dir
 from launching import Ended, Launcher
 from omegaconf import OmegaConf
@@ -808,6 +807,7 @@ def test_a_cluster_that_does_not_answer(address: str, launcher: Launcher) -> Non
     refused(ended, f"error: cluster.address={address}: no Ray cluster answers there")
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_cluster_that_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `ray start` makes it by itself from Ray 2.60 on; what Ray raises then was seen there."""
 
@@ -821,7 +821,6 @@ def test_a_cluster_that_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
         ) from RuntimeError(cause)
 
     monkeypatch.setattr("ray.init", init)
-    ray.shutdown()  # that of other tests
     config = load({"cluster": {"kind": "ray"}, "model": {"name": None, "architecture": TINY}})
     with (
         pytest.raises(ConfigError, match="address=auto: wants a token: set RAY_AUTH_MODE"),
@@ -830,10 +829,10 @@ def test_a_cluster_that_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_no_cluster_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever runs on this machine."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    ray.shutdown()
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(lambda: set[str]()))
     config = load({"cluster": {"kind": "ray"}, "model": {"name": None, "architecture": TINY}})
     with (
